@@ -1,0 +1,158 @@
+"""The two differentiable operations behind every loss, with gradients in closed form.
+
+``regularizers`` serves any choice of the variance, centre, covariance and sketch terms from one
+pass of statistics, so that composites share it; ``invariance`` compares views. Each is an
+``autograd.Function``: forward keeps the smallest residue its gradient can be finished from, and
+backward applies the upstream gradients as device scalars.
+
+Eager code calls the implementation directly; compiled, fake and meta tensors meet it as an opaque
+custom operator, which costs more per call but is one node of the graph.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _opaque
+from ._dispatch import resolve
+from ._evaluate import Request, computing_dtype, finite_scale
+from ._torch import energy
+
+def regularizers(
+    request: Request, views: Sequence[Tensor], directions: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The requested terms, each a mean over views, in the order of ``Request.terms``.
+
+    Args:
+        request: what to evaluate.
+        views: checked embeddings: one (N, D) or (V, N, D) tensor, or several (N, D).
+        directions: unit columns, (D, K), for the sketch.
+
+    Returns:
+        0-dim tensors, float32, or float64 if a view is.
+    """
+    resolve(request.impl)
+    count = sum(request.terms())
+    if torch.is_grad_enabled() and any(view.requires_grad for view in views):
+        outputs: tuple[Tensor, ...] = _Regularizers.apply(request, directions, *views)
+        return outputs[:count]
+    with torch.no_grad():
+        return tuple(_opaque.evaluate(request, views, directions, keep=False))
+
+
+def invariance(views: Sequence[Tensor], num_global: int, factor: float) -> Tensor:
+    """``factor * mean((z - c)^2)``, with c the mean of the first ``num_global`` views.
+
+    Args:
+        views: as in :func:`regularizers`.
+        num_global: how many views form the centre.
+        factor: multiplies the mean.
+    """
+    if torch.is_grad_enabled() and any(view.requires_grad for view in views):
+        value: Tensor = _Invariance.apply(num_global, factor, *views)
+        return value
+    with torch.no_grad():
+        return _Invariance.forward(num_global, factor, *views)
+
+
+class _Regularizers(torch.autograd.Function):
+    @staticmethod
+    def forward(request: Request, directions: Tensor | None, *views: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_opaque.evaluate(request, views, directions, keep=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        request, _, *views = inputs
+        ctx.request, ctx.view_count = request, len(views)
+        ctx.save_for_backward(*views, *output)
+        ctx.mark_non_differentiable(*output[sum(request.terms()) :])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        request = ctx.request
+        saved = ctx.saved_tensors
+        views, outputs = saved[: ctx.view_count], saved[ctx.view_count :]
+        count = sum(request.terms())
+        asked = [g is not None for g in upstream[:count]]
+        present = [g for g in upstream[:count] if g is not None]
+        values, residues = outputs[:count], outputs[count:]
+        gradient = _opaque.gradient(request, views, values, residues, present, asked)
+        single = len(views) == 1
+        gradients = [gradient.view(views[0].shape)] if single else gradient.unbind(0)
+        return None, None, *_finish(gradients, views)
+
+
+def _finish(gradients: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:
+    """Cast the gradients to the dtypes of their views, and forbid to differentiate them again."""
+    gradients = [g.to(view.dtype) for g, view in zip(gradients, views, strict=True)]
+    if torch.is_grad_enabled():
+        gradients = [_FirstOrderOnly.apply(g, *views) for g in gradients]
+    return gradients
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity on a gradient; differentiating it again is an error instead of a silent zero."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *views: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "vicreg_losses: expected one derivative of a loss, got a second one (double backward). "
+            "The gradients are closed forms without a graph of their own; leave these losses out "
+            "of a gradient penalty or any other function that is differentiated twice."
+        )
+
+
+class _Invariance(torch.autograd.Function):
+    """``factor * mean((z - c)^2)``; with deviations ``e = z - c`` its gradient is
+    ``2 factor / (V N D) * (e - [among the first G] * sum(e) / G)``.
+    """
+
+    @staticmethod
+    def forward(num_global: int, factor: float, *views: Tensor) -> Tensor:
+        parts = _deviations(views, num_global)
+        total = sum(energy(part) for part in parts)
+        count = len(parts) * parts[0].numel()
+        return (total * (factor / count)).to(parts[0].dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.num_global, ctx.factor, *views = inputs
+        ctx.save_for_backward(output, *views)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        value, *views = ctx.saved_tensors
+        parts = _deviations(views, ctx.num_global)
+        if ctx.num_global < len(parts):
+            share = sum(parts[ctx.num_global :]) / ctx.num_global
+            for part in parts[: ctx.num_global]:
+                part -= share
+        scale = finite_scale(upstream, value) * (2 * ctx.factor / (len(parts) * parts[0].numel()))
+        gradients = [part.mul_(scale) for part in parts]
+        if views[0].dim() == 3:
+            gradients = [torch.stack(gradients)]
+        return None, None, *_finish(gradients, views)
+
+
+def _deviations(views: Sequence[Tensor], num_global: int) -> list[Tensor]:
+    """Each view less the mean of the first ones, by differences to view 0.
+
+    Differences of views are exact to their own rounding at any common offset; a mean is not.
+    """
+    flat = list(views[0]) if views[0].dim() == 3 else list(views)
+    dtype = computing_dtype(views)
+    origin = flat[0].to(dtype)
+    parts = [torch.zeros_like(origin), *(view.to(dtype) - origin for view in flat[1:])]
+    middle = sum(parts[1:num_global], parts[0]) / num_global
+    return [part.sub_(middle) for part in parts]

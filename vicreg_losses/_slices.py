@@ -1,0 +1,53 @@
+"""Random directions: i.i.d. Gaussian columns normalised to length 1."""
+
+import math
+
+import torch
+from torch import Tensor
+
+# The multipliers of the splitmix64 generator, as signed 64-bit integers.
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+_SECOND = 0x94D049BB133111EB - (1 << 64)
+
+
+def draw_directions(seed: Tensor, step: Tensor, dimensions: int, slices: int) -> Tensor:
+    """Directions of one step of one sequence, (D, K), float32, on the device of ``seed``.
+
+    The same numbers at every call with the same arguments on one kind of device; the global
+    generators are neither read nor advanced. Off the CPU no value comes back to the host, so the
+    draw can be captured in a CUDA graph and changes at every replay.
+
+    Args:
+        seed: which sequence; 0-dim, int64.
+        step: the position in it; 0-dim, int64.
+        dimensions: D.
+        slices: K.
+    """
+    key = _scramble(_scramble(seed * _GOLDEN) + step)
+    if key.device.type == "cpu":  # the serial generator is the fastest there
+        generator = torch.Generator().manual_seed(int(key))
+        rows = torch.randn(slices, dimensions, generator=generator, dtype=torch.float32)
+    else:
+        rows = counter_normal(key, dimensions, slices)
+    rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows.T
+
+
+def counter_normal(key: Tensor, dimensions: int, slices: int) -> Tensor:
+    """Standard normal numbers (K, D), float32, each a function of (key, slice, dimension) alone."""
+    slice_index = torch.arange(slices, device=key.device)[:, None] << 32
+    pair_index = torch.arange((dimensions + 1) // 2, device=key.device)
+    bits = _scramble(_scramble(slice_index + pair_index + key) + key)
+    first = ((bits >> 32) & 0xFFFFFFFF).float().add_(0.5).mul_(2.0**-32)
+    second = (bits & 0xFFFFFFFF).float().mul_(2 * math.pi * 2.0**-32)
+    radius = first.log_().mul_(-2).sqrt_()  # Box and Muller, 1958
+    return torch.cat((radius * second.cos(), radius * second.sin()), 1)[:, :dimensions]
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit integers."""
+    x = (x + _GOLDEN) ^ ((x + _GOLDEN) >> 30 & 0x3FFFFFFFF)
+    x = x * _FIRST
+    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * _SECOND
+    return x ^ (x >> 31 & 0x1FFFFFFFF)
