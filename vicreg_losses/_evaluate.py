@@ -38,6 +38,10 @@ class Request(NamedTuple):
         """Whether the mean and the variance over samples are needed."""
         return bool(self.variance or self.center or self.covariance) or self.sketch == "wasserstein"
 
+    def needs_mean(self) -> bool:
+        """Whether the gradient needs the mean (with a covariance it has the centred samples)."""
+        return self.center or bool(self.variance and not self.covariance)
+
 
 class Residue(NamedTuple):
     """What backward needs, beside the views; ``None`` where the request does not."""
@@ -68,7 +72,8 @@ def evaluate(
     if request.needs_statistics():
         centered, high, low = backend.center(z, inplace=ours)
         squares = backend.squared_sums(centered)
-        residue["mean_high"], residue["mean_low"] = high, low
+        if request.needs_mean():
+            residue["mean_high"], residue["mean_low"] = high, low
         if request.variance:
             values["variance"], residue["column"] = _variance(request, squares, samples)
         if request.center:
@@ -123,56 +128,56 @@ def gradient(
     """
     backend = resolve(request.impl)
     residue = _unpack(request, residues)
-    scales = _scales(request, values, upstream, asked)
-    z, _ = batch(views)
-    count, samples, dimensions = z.shape
+    names = [name for name, wanted in zip(TERMS, request.terms(), strict=True) if wanted]
+    value_of = {name: v for name, v, there in zip(names, values, asked, strict=True) if there}
+    upstream_of = dict(zip(value_of, upstream, strict=True))
+    count, samples, dimensions = batch_shape(views)
+
+    def scale(name: str, factor: float = 1.0) -> Tensor:
+        return finite_scale(upstream_of[name], value_of[name], factor)
+
     gradient = column = None
-    if "variance" in scales:
-        column = residue.column * scales["variance"]
-    if "covariance" in scales:
-        scale = scales["covariance"] * (4 / (count * dimensions * (samples - 1) ** 2))
-        gram = uses_gram(request, samples, dimensions)
-        gradient, rest = backend.covariance_product(
-            residue.centered, residue.squares, residue.inner, gram, scale
+    if "variance" in value_of:
+        column = residue.column * scale("variance")
+    if "covariance" in value_of:
+        gradient, diagonal = backend.covariance_product(
+            residue.centered,
+            residue.squares,
+            residue.inner,
+            uses_gram(request, samples, dimensions),
+            scale("covariance", 4 / (count * dimensions * (samples - 1) ** 2)),
         )
-        if rest is not None:
-            column = rest if column is None else column + rest
+        if diagonal is not None:
+            column = diagonal if column is None else column + diagonal
     if column is not None:
         centered = residue.centered
         if centered is None:
-            centered = (z - residue.mean_high).sub_(residue.mean_low)
+            centered = (batch(views)[0] - residue.mean_high).sub_(residue.mean_low)
             gradient = centered.mul_(column)
         else:
             gradient = centered * column if gradient is None else gradient.addcmul_(centered, column)
-    if "center" in scales:
-        row = (residue.mean_high + residue.mean_low) * scales["center"]
-        row *= 2 / (count * samples * dimensions)
-        gradient = row.expand(z.shape).contiguous() if gradient is None else gradient.add_(row)
-    if "sketch" in scales:
+    if "center" in value_of:
+        row = residue.mean_high + residue.mean_low
+        row *= scale("center", 2 / (count * samples * dimensions))
+        if gradient is None:
+            gradient = row.expand(count, samples, dimensions).contiguous()
+        else:
+            gradient += row
+    if "sketch" in value_of:
         sketch = residue.sketch
         if gradient is None:
-            gradient = sketch * scales["sketch"]
+            gradient = sketch * scale("sketch")
         else:
-            gradient.addcmul_(sketch, scales["sketch"])
-    return torch.zeros_like(z) if gradient is None else gradient
+            gradient.addcmul_(sketch, scale("sketch"))
+    return torch.zeros_like(batch(views)[0]) if gradient is None else gradient
 
 
-def _scales(
-    request: Request, values: Sequence[Tensor], upstream: Sequence[Tensor], asked: Sequence[bool]
-) -> dict[str, Tensor]:
-    """The upstream gradients that there are, by term."""
-    names = [name for name, wanted in zip(TERMS, request.terms(), strict=True) if wanted]
-    wanted = (pair for pair, there in zip(zip(names, values), asked, strict=True) if there)
-    pairs = zip(wanted, upstream, strict=True)
-    return {name: finite_scale(g, value) for (name, value), g in pairs}
-
-
-def finite_scale(upstream: Tensor, value: Tensor) -> Tensor:
-    """The upstream gradient, or NaN where the value is not finite.
+def finite_scale(upstream: Tensor, value: Tensor, factor: float = 1.0) -> Tensor:
+    """``factor`` times the upstream gradient, or NaN where the value is not finite.
 
     A gradient scaler looks at gradients only: finite ones beside a value of inf would be a step.
     """
-    return upstream.to(value.dtype) + value * 0
+    return torch.add(value * 0, upstream, alpha=factor)
 
 
 def uses_gram(request: Request, samples: int, dimensions: int) -> bool:
@@ -193,11 +198,18 @@ def batch(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
     return (z if z.dim() == 3 else z.unsqueeze(0)), z is not views[0]
 
 
+def batch_shape(views: Sequence[Tensor]) -> tuple[int, int, int]:
+    """(V, N, D)."""
+    first = views[0]
+    count = first.shape[0] if first.dim() == 3 else len(views)
+    return count, first.shape[-2], first.shape[-1]
+
+
 def kept_fields(request: Request) -> tuple[bool, ...]:
     """Which fields of ``Residue`` a request keeps."""
-    statistics, covariance = request.needs_statistics(), bool(request.covariance)
+    mean, covariance = request.needs_mean(), bool(request.covariance)
     variance, sketch = bool(request.variance), bool(request.sketch)
-    return statistics, statistics, variance, covariance, covariance, covariance, sketch
+    return mean, mean, variance, covariance, covariance, covariance, sketch
 
 
 def _unpack(request: Request, residues: Sequence[Tensor]) -> Residue:

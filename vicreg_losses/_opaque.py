@@ -156,7 +156,5 @@ def _() -> Tensor:
 
 
 def _shape_of_batch(views: Sequence[Tensor]) -> Tensor:
-    dtype = _evaluate.computing_dtype(views)
-    first = views[0]
-    shape = first.shape if first.dim() == 3 else (len(views), *first.shape)
-    return first.new_empty(shape, dtype=dtype)
+    shape = _evaluate.batch_shape(views)
+    return views[0].new_empty(shape, dtype=_evaluate.computing_dtype(views))

@@ -36,7 +36,8 @@ def regularizers(
     resolve(request.impl)
     count = sum(request.terms())
     if torch.is_grad_enabled() and any(view.requires_grad for view in views):
-        outputs: tuple[Tensor, ...] = _Regularizers.apply(request, directions, *views)
+        function = _EagerRegularizers if _in_plain_eager() else _Regularizers
+        outputs: tuple[Tensor, ...] = function.apply(request, directions, *views)
         return outputs[:count]
     with torch.no_grad():
         return tuple(_opaque.evaluate(request, views, directions, keep=False))
@@ -51,7 +52,8 @@ def invariance(views: Sequence[Tensor], num_global: int, factor: float) -> Tenso
         factor: multiplies the mean.
     """
     if torch.is_grad_enabled() and any(view.requires_grad for view in views):
-        value: Tensor = _Invariance.apply(num_global, factor, *views)
+        function = _EagerInvariance if _in_plain_eager() else _Invariance
+        value: Tensor = function.apply(num_global, factor, *views)
         return value
     with torch.no_grad():
         return _Invariance.forward(num_global, factor, *views)
@@ -83,6 +85,27 @@ class _Regularizers(torch.autograd.Function):
         single = len(views) == 1
         gradients = [gradient.view(views[0].shape)] if single else gradient.unbind(0)
         return None, None, *_finish(gradients, views)
+
+
+class _EagerRegularizers(torch.autograd.Function):
+    """The same in the older style: ``apply`` costs half of it, and the residue is no output.
+
+    Compilers and ``torch.func`` need the other style.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, request: Request, directions: Tensor | None, *views: Tensor
+    ) -> tuple[Tensor, ...]:
+        output = tuple(_opaque.evaluate(request, views, directions, keep=True))
+        _Regularizers.setup_context(ctx, (request, directions, *views), output)
+        return output[: sum(request.terms())]
+
+    backward = _Regularizers.backward
+
+
+def _in_plain_eager() -> bool:
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def _finish(gradients: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:
@@ -138,11 +161,24 @@ class _Invariance(torch.autograd.Function):
             share = sum(parts[ctx.num_global :]) / ctx.num_global
             for part in parts[: ctx.num_global]:
                 part -= share
-        scale = finite_scale(upstream, value) * (2 * ctx.factor / (len(parts) * parts[0].numel()))
+        factor = 2 * ctx.factor / (len(parts) * parts[0].numel())
+        scale = finite_scale(upstream, value, factor)
         gradients = [part.mul_(scale) for part in parts]
         if views[0].dim() == 3:
             gradients = [torch.stack(gradients)]
         return None, None, *_finish(gradients, views)
+
+
+class _EagerInvariance(torch.autograd.Function):
+    """As :class:`_EagerRegularizers`."""
+
+    @staticmethod
+    def forward(ctx: Any, num_global: int, factor: float, *views: Tensor) -> Tensor:
+        value = _Invariance.forward(num_global, factor, *views)
+        _Invariance.setup_context(ctx, (num_global, factor, *views), value)
+        return value
+
+    backward = _Invariance.backward
 
 
 def _deviations(views: Sequence[Tensor], num_global: int) -> list[Tensor]:

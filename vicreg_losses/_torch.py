@@ -30,10 +30,10 @@ def wide(x: Tensor) -> torch.dtype:
 def energy(x: Tensor) -> Tensor:
     """Sum of squares over all elements, as a 0-dim tensor of the wide dtype.
 
-    Row by row, in wide precision: one float32 accumulator for a long sum is wrong by percents, and
+    In wide precision all along: a float32 accumulator for a long sum is wrong by percents, and
     squares leave float32's range long before the loss does.
     """
-    return torch.linalg.vector_norm(x, dim=-1, dtype=wide(x)).square_().sum()
+    return torch.linalg.vector_norm(x, dtype=wide(x)).square_()
 
 
 def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,9 +49,10 @@ def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         The centred embeddings (V, N, D), and the high and low part of the mean, (V, 1, D) each.
     """
-    high = z.mean(1, keepdim=True)
+    samples = z.shape[1]
+    high = z.sum(1, keepdim=True).div_(samples)  # cheaper than mean() for small inputs
     centered = z.sub_(high) if inplace else z - high
-    low = centered.mean(1, keepdim=True)
+    low = centered.sum(1, keepdim=True).div_(samples)
     return centered.sub_(low), high, low
 
 
@@ -125,7 +126,12 @@ def _diagonal_dominates(centered: Tensor, diagonal: Tensor, total: Tensor) -> bo
 def _symmetric_product(left: Tensor, zero_diagonal: bool) -> tuple[Tensor, Tensor]:
     """``left @ left^T`` by block rows of the lower triangle, and its energy."""
     size = left.shape[1]
-    blocks = min(8, max(1, size // 128))
+    blocks = min(8, size // 128)
+    if blocks < 2:
+        inner = torch.bmm(left, left.mT)
+        if zero_diagonal:
+            inner.diagonal(dim1=1, dim2=2).zero_()
+        return inner, energy(inner)
     inner = left.new_empty(left.shape[0], size, size)
     total = torch.zeros((), dtype=wide(left), device=left.device)
     for i in range(blocks):

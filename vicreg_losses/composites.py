@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import _checks, _ops, functional
-from ._evaluate import Request
+from ._evaluate import Request, batch_shape
 from .functional import Embeddings
 from .modules import Loss, SlicedLoss
 
@@ -92,7 +92,7 @@ class VICRegLoss(Loss):
         tensors = functional.checked(z, **self._sharing())
         _checks.warn_of_unit_norm("VICRegLoss", tensors, self.gamma)
         variance, covariance = _ops.regularizers(self._request, tensors)
-        return VICRegTerms(invariance, variance, covariance * functional.view_count(tensors))
+        return VICRegTerms(invariance, variance, covariance * batch_shape(tensors)[0])
 
     def total(self, terms: VICRegTerms) -> Tensor:
         """The weighted sum of ``terms``: what ``forward`` returns."""

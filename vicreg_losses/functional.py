@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import _checks, _opaque, _ops, distributed
 from ._dispatch import resolve
-from ._evaluate import Request, computing_dtype
+from ._evaluate import Request, batch_shape, computing_dtype
 
 __all__ = [
     "center_loss",
@@ -249,7 +249,7 @@ def invariance_loss(
     """
     invariance_options(form, num_global, impl)
     views = checked(z, gather_distributed, process_group, reduction)
-    count = view_count(views)
+    count = batch_shape(views)[0]
     if form == "pairwise":
         if count < 2:
             raise ValueError("embeddings: expected at least 2 views with form='pairwise', got 1.")
@@ -305,11 +305,6 @@ def checked(
     if gather_distributed:
         distributed.require_one_rank("gather_distributed=True", process_group)
     return views
-
-
-def view_count(views: Sequence[Tensor]) -> int:
-    """V of checked embeddings."""
-    return views[0].shape[0] if views[0].dim() == 3 else len(views)
 
 
 def prepare_directions(directions: Tensor, views: Sequence[Tensor]) -> Tensor:

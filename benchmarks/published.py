@@ -1,0 +1,60 @@
+"""The published formulas as a trainer would write them, differentiated by autograd.
+
+Written from the papers: VICReg (arXiv:2105.04906), VISReg (arXiv:2606.02572) and LeJEPA
+(arXiv:2511.08544). Embeddings are (V, N, D); terms are means over views.
+"""
+
+import torch
+from torch import Tensor
+
+
+def variance(z: Tensor) -> Tensor:
+    return torch.relu(1 - torch.sqrt(z.var(dim=-2) + 1e-4)).mean()
+
+
+def covariance(z: Tensor) -> Tensor:
+    total = z.new_zeros(())
+    for x in z.unbind(0):
+        samples, dimensions = x.shape
+        x = x - x.mean(0)
+        c = (x.T @ x) / (samples - 1)
+        total = total + off_diagonal(c).pow(2).sum() / dimensions
+    return total / z.shape[0]
+
+
+def off_diagonal(c: Tensor) -> Tensor:
+    n = c.shape[0]
+    return c.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
+
+
+def vicreg(z: Tensor) -> Tensor:
+    invariance = torch.nn.functional.mse_loss(z[0], z[1])
+    return 25 * invariance + 25 * variance(z) + z.shape[0] * covariance(z)
+
+
+def unit_directions(dimensions: int, slices: int) -> Tensor:
+    w = torch.randn(dimensions, slices)
+    return w / w.norm(dim=0, keepdim=True)
+
+
+def visreg_terms(z: Tensor, slices: int) -> Tensor:
+    """Scale, shape and centre, with slices drawn at every call."""
+    samples = z.shape[1]
+    centered = z - z.mean(1, keepdim=True)
+    sigma = centered.norm(dim=1, keepdim=True) / samples**0.5 + 1e-6
+    p = (centered / sigma.detach()) @ unit_directions(z.shape[2], slices)
+    levels = torch.arange(1, samples + 1, dtype=z.dtype) / (samples + 1)
+    targets = 2**0.5 * torch.erfinv(2 * levels - 1)
+    shape = (p.sort(dim=1).values - targets[:, None]).square().mean()
+    return (1 - sigma).square().mean() + shape + z.mean(1).square().mean()
+
+
+def sigreg(z: Tensor, slices: int, knots: int = 17, t_max: float = 3.0) -> Tensor:
+    """Epps-Pulley statistic, with slices drawn at every call."""
+    t = torch.linspace(0, t_max, knots)
+    weights = torch.full((knots,), 2 * t_max / (knots - 1))
+    weights[[0, -1]] /= 2
+    target = torch.exp(-t.square() / 2)
+    phase = (z @ unit_directions(z.shape[2], slices)).unsqueeze(-1) * t
+    error = (phase.cos().mean(1) - target).square() + phase.sin().mean(1).square()
+    return (error @ (weights * target) * z.shape[1]).mean()
