@@ -59,12 +59,8 @@ def embeddings(
     Returns:
         The tensor as given, alone, or the views, each (N, D).
     """
-    if isinstance(views, Tensor):
-        tensors: tuple[Tensor, ...] = (views,)
-    elif isinstance(views, list | tuple):
-        tensors = tuple(views)
-    else:
-        tensors = (views,)
+    tensors: tuple[Tensor, ...]
+    tensors = tuple(views) if isinstance(views, list | tuple) else (views,)  # type: ignore[assignment]
     if not tensors:
         raise ValueError("embeddings: expected at least one view, got none.")
     for tensor in tensors:
@@ -152,7 +148,7 @@ def directions(tensor: object, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"directions: expected device {like.device}, got {tensor.device}.")
     if tensor.requires_grad:
-        raise ValueError("directions: expected no requires_grad: they get no gradient. Detach them.")
+        raise ValueError("directions: expected no requires_grad, as they get no gradient; detach.")
     debug = os.environ.get("VICREG_LOSSES_DEBUG", "") not in ("", "0")
     if torch.compiler.is_compiling() or not (tensor.device.type == "cpu" or debug):
         return
@@ -160,7 +156,7 @@ def directions(tensor: object, like: Tensor) -> None:
     if not bool(((norms - 1).abs() <= _UNIT_TOLERANCE).all()):
         raise ValueError(
             "directions: expected columns of length 1, got lengths from "
-            f"{norms.min().item():.3g} to {norms.max().item():.3g}; divide by their norm over dim 0."
+            f"{norms.min().item():.3g} to {norms.max().item():.3g}; divide by the norm over dim 0."
         )
 
 
@@ -183,7 +179,7 @@ def warn_of_unit_norm(name: str, tensors: Sequence[Tensor], gamma: float = 1.0) 
     if gamma <= 1.001 * reachable:
         return
     # One row tells at most calls.
-    if not _has_unit_length(view[0]) or not all(map(_has_unit_length, view[1:16])):
+    if not _has_unit_length(view.select(0, 0)) or not all(map(_has_unit_length, view[1:16])):
         return
     _warned.add(name)
     warnings.warn(

@@ -4,7 +4,7 @@ No autograd here: :mod:`._ops` makes these two functions differentiable, :mod:`.
 operators for compiled code.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ._dispatch import resolve
 
-TERMS = ("variance", "center", "covariance", "sketch")
 SIGMA_EPS = 1e-6  # VISReg adds it to the standard deviation, in the scale and in the shape term
 
 
@@ -30,82 +29,96 @@ class Request(NamedTuple):
     t_max: float = 3.0
     impl: str = "auto"
 
-    def terms(self) -> tuple[bool, bool, bool, bool]:
-        """Which of ``TERMS`` are asked for."""
-        return bool(self.variance), self.center, bool(self.covariance), bool(self.sketch)
-
-    def needs_statistics(self) -> bool:
-        """Whether the mean and the variance over samples are needed."""
-        return bool(self.variance or self.center or self.covariance) or self.sketch == "wasserstein"
-
-    def needs_mean(self) -> bool:
-        """Whether the gradient needs the mean (with a covariance it has the centred samples)."""
-        return self.center or bool(self.variance and not self.covariance)
-
-
-class Residue(NamedTuple):
-    """What backward needs, beside the views; ``None`` where the request does not."""
-
-    mean_high: Tensor | None = None  # (V, 1, D)
-    mean_low: Tensor | None = None  # (V, 1, D)
-    column: Tensor | None = None  # (V, 1, D), variance gradient = centered * column
-    squares: Tensor | None = None  # (V, 1, D)
-    centered: Tensor | None = None  # (V, N, D)
-    inner: Tensor | None = None  # (V, N, N) or (V, D, D)
-    sketch: Tensor | None = None  # (V, N, D), the sketch term's gradient
+    def terms(self) -> int:
+        """Number of terms asked for."""
+        return sum(map(bool, self[:4]))
 
 
 def evaluate(
     request: Request, views: Sequence[Tensor], directions: Tensor | None, keep: bool
 ) -> list[Tensor]:
-    """Values of the terms; with ``keep`` followed by the residue, its ``None`` left out."""
+    """Values of the terms, each a mean over views; with ``keep`` followed by the residue.
+
+    Args:
+        request: what to evaluate.
+        views: one (N, D) or (V, N, D) tensor, or several (N, D).
+        directions: unit columns, (D, K), of the computing dtype, for a sketch.
+        keep: whether a gradient will be asked for.
+
+    Returns:
+        Variance, centre, covariance, sketch, those that are asked for, 0-dim; then the tensors of
+        :func:`residue_fields`.
+    """
     backend = resolve(request.impl)
     z, ours = batch(views)
-    count, samples, dimensions = z.shape
-    values: dict[str, Tensor] = {}
-    residue: dict[str, Tensor | None] = {}
-    if request.sketch == "epps_pulley":
+    views_count, samples, dimensions = z.shape
+    values: list[Tensor] = []
+    residue: list[Tensor] = []
+    epps_pulley = request.sketch == "epps_pulley"
+    if request.variance or request.center or request.covariance or not epps_pulley:
+        centered, mean = backend.center(z, inplace=ours and not epps_pulley)
+        squares = backend.squared_sums(centered)
+    if request.variance:
+        value, column = _variance(request, squares, samples)
+        values.append(value)
+        residue.append(column)
+    if request.center:
+        values.append(mean.square().mean())
+        residue.append(mean)
+    if request.variance or request.covariance:
+        residue.append(centered)
+    if request.covariance:
+        gram = uses_gram(request, samples, dimensions)
+        energy, inner = backend.covariance_energy(centered, squares, gram)
+        values.append(energy.mul_(1 / (views_count * dimensions * (samples - 1) ** 2)).to(z.dtype))
+        residue += squares, inner
+    if epps_pulley:
         table = backend.knot_table(request.knots, request.t_max, z)
-        values["sketch"], residue["sketch"] = backend.sketch(
+        value, slope = backend.sketch(
             z, directions, lambda p: backend.epps_pulley_(p, table, keep), keep
         )
-    if request.needs_statistics():
-        centered, high, low = backend.center(z, inplace=ours)
-        squares = backend.squared_sums(centered)
-        if request.needs_mean():
-            residue["mean_high"], residue["mean_low"] = high, low
-        if request.variance:
-            values["variance"], residue["column"] = _variance(request, squares, samples)
-        if request.center:
-            values["center"] = (high + low).square().mean()
-        if request.covariance:
-            energy, residue["inner"] = backend.covariance_energy(
-                centered, squares, uses_gram(request, samples, dimensions), keep
-            )
-            values["covariance"] = energy / (count * dimensions * (samples - 1) ** 2)
-            residue["squares"], residue["centered"] = squares, centered
-        if request.sketch == "wasserstein":
-            sigma = (squares / samples).sqrt_() + SIGMA_EPS
-            x = centered / sigma if request.covariance else centered.div_(sigma)
-            targets = backend.quantiles(samples, request.quantiles, x)
-            values["sketch"], gradient = backend.sketch(
-                x, directions, lambda p: backend.wasserstein_(p, targets, keep), keep
-            )
-            residue["sketch"] = gradient.div_(sigma) if gradient is not None else None
-    outputs = [values[name].to(z.dtype) for name in TERMS if name in values]
-    if keep:
-        outputs += [r for r in Residue(**residue) if r is not None]
-    return outputs
+    elif request.sketch:
+        sigma = (squares / samples).sqrt_().add_(SIGMA_EPS)
+        x = centered / sigma if residue and residue[-1] is centered else centered.div_(sigma)
+        targets = backend.quantiles(samples, request.quantiles, x)
+        value, slope = backend.sketch(
+            x, directions, lambda p: backend.wasserstein_(p, targets, keep), keep
+        )
+        slope = slope.div_(sigma) if keep else None
+    if request.sketch:
+        values.append(value.to(z.dtype))
+        residue.append(slope)
+    return values + residue if keep else values
+
+
+def residue_fields(request: Request) -> tuple[str, ...]:
+    """What ``evaluate`` keeps, in order.
+
+    column (V, 1, D), the variance's factor of the centred samples; mean (V, 1, D); centered
+    (V, N, D); squares (V, 1, D) and inner (V, N, N) or (V, D, D), of the covariance; slope
+    (V, N, D), the sketch's gradient.
+    """
+    names = {
+        "column": request.variance,
+        "mean": request.center,
+        "centered": request.variance or request.covariance,
+        "squares": request.covariance,
+        "inner": request.covariance,
+        "slope": request.sketch,
+    }
+    return tuple(name for name, kept in names.items() if kept)
 
 
 def _variance(request: Request, squares: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """The variance term and the factor of the centred embeddings in its gradient."""
     elements = squares.numel()
     if request.variance == "hinge":
-        std = (squares / (samples - 1)).add_(request.eps).sqrt_()
-        value = (request.gamma - std).relu_().mean()
-        slope = (-1 / (elements * (samples - 1))) / std
-        return value, slope.masked_fill_(std >= request.gamma, 0)
+        # Never a root of 0, whose slope is infinite.
+        std = (squares / (samples - 1)).add_(max(request.eps, 1e-37)).sqrt_()
+        excess = std - request.gamma
+        slope = (excess < 0) / std
+        slope *= -1 / (elements * (samples - 1))
+        return excess.clamp_(max=0).sum().mul_(-1 / elements), slope
     sigma = (squares / samples).sqrt_()
     excess = sigma + (SIGMA_EPS - 1)
     value = excess.square().mean()
@@ -115,61 +128,60 @@ def _variance(request: Request, squares: Tensor, samples: int) -> tuple[Tensor, 
 
 def gradient(
     request: Request,
-    views: Sequence[Tensor],
+    shape: tuple[int, int, int],
     values: Sequence[Tensor],
-    residues: Sequence[Tensor],
-    upstream: Sequence[Tensor],
-    asked: Sequence[bool],
+    residue: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
 ) -> Tensor:
     """Gradient of the terms with an upstream gradient: (V, N, D) in the dtype of the values.
 
     The sum of a product with the Gram matrix or the covariance, of ``centered * column`` (both the
-    diagonal of the Gram form and the variance), of a row (the centre) and of the sketch's gradient.
+    diagonal of the Gram form and the variance), of a row (the centre) and of the sketch's slope.
+
+    Args:
+        request: what was evaluated.
+        shape: (V, N, D).
+        values: from :func:`evaluate`.
+        residue: likewise.
+        upstream: the upstream gradient of each value, 0-dim, or ``None``.
     """
     backend = resolve(request.impl)
-    residue = _unpack(request, residues)
-    names = [name for name, wanted in zip(TERMS, request.terms(), strict=True) if wanted]
-    value_of = {name: v for name, v, there in zip(names, values, asked, strict=True) if there}
-    upstream_of = dict(zip(value_of, upstream, strict=True))
-    count, samples, dimensions = batch_shape(views)
-
-    def scale(name: str, factor: float = 1.0) -> Tensor:
-        return finite_scale(upstream_of[name], value_of[name], factor)
-
-    gradient = column = None
-    if "variance" in value_of:
-        column = residue.column * scale("variance")
-    if "covariance" in value_of:
-        gradient, diagonal = backend.covariance_product(
-            residue.centered,
-            residue.squares,
-            residue.inner,
-            uses_gram(request, samples, dimensions),
-            scale("covariance", 4 / (count * dimensions * (samples - 1) ** 2)),
-        )
-        if diagonal is not None:
-            column = diagonal if column is None else column + diagonal
+    count, samples, dimensions = shape
+    terms = zip(upstream, values, strict=True)
+    rest = iter(residue)
+    total = column = None
+    if request.variance:
+        column, scale = next(rest), _scale(terms)
+        column = column * scale if scale is not None else None
+    if request.center:
+        mean, scale = next(rest), _scale(terms, 2 / (count * samples * dimensions))
+        row = mean * scale if scale is not None else None
+    else:
+        row = None
+    if request.variance or request.covariance:
+        centered = next(rest)
+    if request.covariance:
+        squares, inner = next(rest), next(rest)
+        scale = _scale(terms, 4 / (count * dimensions * (samples - 1) ** 2))
+        if scale is not None:
+            gram = uses_gram(request, samples, dimensions)
+            total, diagonal = backend.covariance_product(centered, squares, inner, gram, scale)
+            if diagonal is not None:
+                column = diagonal if column is None else column + diagonal
     if column is not None:
-        centered = residue.centered
-        if centered is None:
-            centered = (batch(views)[0] - residue.mean_high).sub_(residue.mean_low)
-            gradient = centered.mul_(column)
-        else:
-            gradient = centered * column if gradient is None else gradient.addcmul_(centered, column)
-    if "center" in value_of:
-        row = residue.mean_high + residue.mean_low
-        row *= scale("center", 2 / (count * samples * dimensions))
-        if gradient is None:
-            gradient = row.expand(count, samples, dimensions).contiguous()
-        else:
-            gradient += row
-    if "sketch" in value_of:
-        sketch = residue.sketch
-        if gradient is None:
-            gradient = sketch * scale("sketch")
-        else:
-            gradient.addcmul_(sketch, scale("sketch"))
-    return torch.zeros_like(batch(views)[0]) if gradient is None else gradient
+        total = centered * column if total is None else total.addcmul_(centered, column)
+    if request.sketch:
+        slope, scale = next(rest), _scale(terms)
+        if scale is not None:
+            total = slope * scale if total is None else total.addcmul_(slope, scale)
+    if row is not None:
+        total = row.expand(shape).contiguous() if total is None else total.add_(row)
+    return values[0].new_zeros(shape) if total is None else total
+
+
+def _scale(terms: Iterator[tuple[Tensor | None, Tensor]], factor: float = 1.0) -> Tensor | None:
+    upstream, value = next(terms)
+    return None if upstream is None else finite_scale(upstream, value, factor)
 
 
 def finite_scale(upstream: Tensor, value: Tensor, factor: float = 1.0) -> Tensor:
@@ -177,16 +189,21 @@ def finite_scale(upstream: Tensor, value: Tensor, factor: float = 1.0) -> Tensor
 
     A gradient scaler looks at gradients only: finite ones beside a value of inf would be a step.
     """
-    return torch.add(value * 0, upstream, alpha=factor)
+    scale = torch.add(upstream, value, alpha=0)
+    return scale if factor == 1 else scale.mul_(factor)
 
 
 def uses_gram(request: Request, samples: int, dimensions: int) -> bool:
+    """Whether the covariance is served by the N x N product."""
     return samples < dimensions if request.covariance == "auto" else request.covariance == "gram"
 
 
 def computing_dtype(views: Sequence[Tensor]) -> torch.dtype:
     """float64 if any view is; else float32, whatever is stored."""
-    return torch.float64 if any(view.dtype == torch.float64 for view in views) else torch.float32
+    for view in views:
+        if view.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def batch(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
@@ -200,20 +217,7 @@ def batch(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
 
 def batch_shape(views: Sequence[Tensor]) -> tuple[int, int, int]:
     """(V, N, D)."""
-    first = views[0]
-    count = first.shape[0] if first.dim() == 3 else len(views)
-    return count, first.shape[-2], first.shape[-1]
-
-
-def kept_fields(request: Request) -> tuple[bool, ...]:
-    """Which fields of ``Residue`` a request keeps."""
-    mean, covariance = request.needs_mean(), bool(request.covariance)
-    variance, sketch = bool(request.variance), bool(request.sketch)
-    return mean, mean, variance, covariance, covariance, covariance, sketch
-
-
-def _unpack(request: Request, residues: Sequence[Tensor]) -> Residue:
-    rest = iter(residues)
-    return Residue(*(next(rest) if kept else None for kept in kept_fields(request)))
-
-
+    shape = views[0].shape
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    return len(views), shape[0], shape[1]

@@ -28,17 +28,17 @@ def evaluate(
 
 def gradient(
     request: Request,
-    views: Sequence[Tensor],
+    shape: tuple[int, int, int],
     values: Sequence[Tensor],
-    residues: Sequence[Tensor],
-    upstream: Sequence[Tensor],
-    asked: Sequence[bool],
+    residue: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
 ) -> Tensor:
     """:func:`._evaluate.gradient`, through the operator where that is needed."""
-    if _has_data(views):
-        return _evaluate.gradient(request, views, values, residues, upstream, asked)
-    lists = (list(x) for x in (views, values, residues, upstream))
-    return _gradient_op(*lists, list(asked), *request)
+    if _has_data(values):
+        return _evaluate.gradient(request, shape, values, residue, upstream)
+    asked = [g is not None for g in upstream]
+    present = [g for g in upstream if g is not None]
+    return _gradient_op(list(shape), list(values), list(residue), present, asked, *request)
 
 
 def draw_directions(seed: Tensor, step: Tensor, dimensions: int, slices: int) -> Tensor:
@@ -90,24 +90,23 @@ def _(
     views: list[Tensor], directions: Tensor | None, keep: bool, *options: str | bool | float | int
 ) -> list[Tensor]:
     request = Request(*options)  # type: ignore[arg-type]
-    like = _shape_of_batch(views)
-    count, samples, dimensions = like.shape
-    outputs = [like.new_empty(()) for _ in range(sum(request.terms()))]
+    count, samples, dimensions = shape = _evaluate.batch_shape(views)
+    like = views[0].new_empty((), dtype=_evaluate.computing_dtype(views))
+    outputs = [like.new_empty(()) for _ in range(request.terms())]
     if keep:
-        sizes = {"auto": torch.sym_min(samples, dimensions), "gram": samples, "feature": dimensions}
-        side = sizes.get(request.covariance, 0)
+        sides = {"auto": torch.sym_min(samples, dimensions), "gram": samples, "feature": dimensions}
+        side = sides.get(request.covariance, 0)
         row = (count, 1, dimensions)
-        shapes = (row, row, row, row, like.shape, (count, side, side), like.shape)
-        kept = zip(shapes, _evaluate.kept_fields(request), strict=True)
-        outputs += [like.new_empty(shape) for shape, there in kept if there]
+        shapes = {"centered": shape, "slope": shape, "inner": (count, side, side)}
+        outputs += [like.new_empty(shapes.get(f, row)) for f in _evaluate.residue_fields(request)]
     return outputs
 
 
 @torch.library.custom_op("vicreg_losses::gradient", mutates_args=())
 def _gradient_op(
-    views: list[Tensor],
+    shape: list[int],
     values: list[Tensor],
-    residues: list[Tensor],
+    residue: list[Tensor],
     upstream: list[Tensor],
     asked: list[bool],
     variance: str,
@@ -124,12 +123,14 @@ def _gradient_op(
     request = Request(
         variance, center, covariance, sketch, gamma, eps, quantiles, knots, t_max, impl
     )
-    return _evaluate.gradient(request, views, values, residues, upstream, asked)
+    present = iter(upstream)
+    spread = [next(present) if there else None for there in asked]
+    return _evaluate.gradient(request, (shape[0], shape[1], shape[2]), values, residue, spread)
 
 
 @_gradient_op.register_fake
-def _(views: list[Tensor], *rest: object) -> Tensor:
-    return _shape_of_batch(views)
+def _(shape: list[int], values: list[Tensor], *rest: object) -> Tensor:
+    return values[0].new_empty(shape)
 
 
 @torch.library.custom_op("vicreg_losses::draw_directions", mutates_args=())
@@ -153,8 +154,3 @@ def _next_call_op() -> Tensor:
 @_next_call_op.register_fake
 def _() -> Tensor:
     return torch.empty((), dtype=torch.int64)
-
-
-def _shape_of_batch(views: Sequence[Tensor]) -> Tensor:
-    shape = _evaluate.batch_shape(views)
-    return views[0].new_empty(shape, dtype=_evaluate.computing_dtype(views))

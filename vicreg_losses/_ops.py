@@ -17,13 +17,14 @@ from torch import Tensor
 
 from . import _opaque
 from ._dispatch import resolve
-from ._evaluate import Request, computing_dtype, finite_scale
+from ._evaluate import Request, batch_shape, computing_dtype, finite_scale
 from ._torch import energy
+
 
 def regularizers(
     request: Request, views: Sequence[Tensor], directions: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The requested terms, each a mean over views, in the order of ``Request.terms``.
+    """The requested terms, each a mean over views, in the order of ``Request``.
 
     Args:
         request: what to evaluate.
@@ -34,11 +35,10 @@ def regularizers(
         0-dim tensors, float32, or float64 if a view is.
     """
     resolve(request.impl)
-    count = sum(request.terms())
     if torch.is_grad_enabled() and any(view.requires_grad for view in views):
         function = _EagerRegularizers if _in_plain_eager() else _Regularizers
         outputs: tuple[Tensor, ...] = function.apply(request, directions, *views)
-        return outputs[:count]
+        return outputs[: request.terms()]
     with torch.no_grad():
         return tuple(_opaque.evaluate(request, views, directions, keep=False))
 
@@ -67,21 +67,20 @@ class _Regularizers(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         request, _, *views = inputs
-        ctx.request, ctx.view_count = request, len(views)
-        ctx.save_for_backward(*views, *output)
-        ctx.mark_non_differentiable(*output[sum(request.terms()) :])
+        ctx.request, ctx.shape = request, batch_shape(views)
+        ctx.dtypes = [view.dtype for view in views]
+        ctx.save_for_backward(*output, *views)
+        ctx.mark_non_differentiable(*output[request.terms() :])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        request = ctx.request
+        request, count = ctx.request, ctx.request.terms()
         saved = ctx.saved_tensors
-        views, outputs = saved[: ctx.view_count], saved[ctx.view_count :]
-        count = sum(request.terms())
-        asked = [g is not None for g in upstream[:count]]
-        present = [g for g in upstream[:count] if g is not None]
-        values, residues = outputs[:count], outputs[count:]
-        gradient = _opaque.gradient(request, views, values, residues, present, asked)
+        outputs, views = saved[: -len(ctx.dtypes)], saved[-len(ctx.dtypes) :]
+        gradient = _opaque.gradient(
+            request, ctx.shape, outputs[:count], outputs[count:], upstream[:count]
+        )
         single = len(views) == 1
         gradients = [gradient.view(views[0].shape)] if single else gradient.unbind(0)
         return None, None, *_finish(gradients, views)
@@ -99,7 +98,7 @@ class _EagerRegularizers(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         output = tuple(_opaque.evaluate(request, views, directions, keep=True))
         _Regularizers.setup_context(ctx, (request, directions, *views), output)
-        return output[: sum(request.terms())]
+        return output[: request.terms()]
 
     backward = _Regularizers.backward
 
@@ -137,14 +136,15 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 class _Invariance(torch.autograd.Function):
-    """``factor * mean((z - c)^2)``; with deviations ``e = z - c`` its gradient is
-    ``2 factor / (V N D) * (e - [among the first G] * sum(e) / G)``.
+    """``factor * mean(e^2)`` with the deviations ``e = z - c`` from the centre of G views.
+
+    Its gradient is ``2 factor / (V N D) * (e - [among the first G] * sum(e) / G)``.
     """
 
     @staticmethod
     def forward(num_global: int, factor: float, *views: Tensor) -> Tensor:
         parts = _deviations(views, num_global)
-        total = sum(energy(part) for part in parts)
+        total = torch.stack([energy(part) for part in parts]).sum()
         count = len(parts) * parts[0].numel()
         return (total * (factor / count)).to(parts[0].dtype)
 

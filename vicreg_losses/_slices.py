@@ -1,6 +1,7 @@
 """Random directions: i.i.d. Gaussian columns normalised to length 1."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
+_BITS = (1 << 64) - 1
+
+_Word = TypeVar("_Word", int, Tensor)
 
 
 def draw_directions(seed: Tensor, step: Tensor, dimensions: int, slices: int) -> Tensor:
@@ -24,12 +28,11 @@ def draw_directions(seed: Tensor, step: Tensor, dimensions: int, slices: int) ->
         dimensions: D.
         slices: K.
     """
-    key = _scramble(_scramble(seed * _GOLDEN) + step)
-    if key.device.type == "cpu":  # the serial generator is the fastest there
-        generator = torch.Generator().manual_seed(int(key))
+    if seed.device.type == "cpu":  # the serial generator is the fastest there
+        generator = torch.Generator().manual_seed(_key(int(seed), int(step)) & _BITS)
         rows = torch.randn(slices, dimensions, generator=generator, dtype=torch.float32)
     else:
-        rows = counter_normal(key, dimensions, slices)
+        rows = counter_normal(_key(seed, step), dimensions, slices)
     rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows.T
 
@@ -45,9 +48,17 @@ def counter_normal(key: Tensor, dimensions: int, slices: int) -> Tensor:
     return torch.cat((radius * second.cos(), radius * second.sin()), 1)[:, :dimensions]
 
 
-def _scramble(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit integers."""
-    x = (x + _GOLDEN) ^ ((x + _GOLDEN) >> 30 & 0x3FFFFFFFF)
-    x = x * _FIRST
-    x = (x ^ (x >> 27 & 0x1FFFFFFFFF)) * _SECOND
+def _key(seed: _Word, step: _Word) -> _Word:
+    return _scramble(_scramble(seed) + step)
+
+
+def _scramble(x: _Word) -> _Word:
+    """splitmix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit words, as ints or tensors."""
+    x = _wrap(x + _GOLDEN)
+    x = _wrap((x ^ (x >> 30 & 0x3FFFFFFFF)) * _FIRST)
+    x = _wrap((x ^ (x >> 27 & 0x1FFFFFFFFF)) * _SECOND)
     return x ^ (x >> 31 & 0x1FFFFFFFF)
+
+
+def _wrap(x: _Word) -> _Word:
+    return x & _BITS if isinstance(x, int) else x  # tensors wrap around by themselves

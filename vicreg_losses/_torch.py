@@ -4,10 +4,13 @@ No autograd, no collectives, no host sync off the CPU. Batches are (V, N, D): V 
 D dimensions; K is the number of slices.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ._parallel import for_each_block
@@ -33,27 +36,28 @@ def energy(x: Tensor) -> Tensor:
     In wide precision all along: a float32 accumulator for a long sum is wrong by percents, and
     squares leave float32's range long before the loss does.
     """
-    return torch.linalg.vector_norm(x, dtype=wide(x)).square_()
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=wide(x))
+    return norm.square_()
 
 
-def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """Subtract the mean over samples.
 
-    The mean is a pair (high, low): in float32 at an offset of 1e6 the rounding of a single one
-    would reach the statistics. Its low part is the mean of what the first subtraction left.
+    Twice: the second pass takes off what the rounding of the mean left, which in float32 at an
+    offset of 1e6 would reach the statistics.
 
     Args:
         z: embeddings, (V, N, D).
         inplace: whether ``z`` may be overwritten.
 
     Returns:
-        The centred embeddings (V, N, D), and the high and low part of the mean, (V, 1, D) each.
+        The centred embeddings (V, N, D) and the mean (V, 1, D).
     """
-    samples = z.shape[1]
-    high = z.sum(1, keepdim=True).div_(samples)  # cheaper than mean() for small inputs
+    share = 1 / z.shape[1]
+    high = z.sum(1, keepdim=True).mul_(share)
     centered = z.sub_(high) if inplace else z - high
-    low = centered.sum(1, keepdim=True).div_(samples)
-    return centered.sub_(low), high, low
+    low = centered.sum(1, keepdim=True).mul_(share)
+    return centered.sub_(low), low.add_(high)
 
 
 def squared_sums(centered: Tensor) -> Tensor:
@@ -61,9 +65,7 @@ def squared_sums(centered: Tensor) -> Tensor:
     return centered.square().sum(1, keepdim=True)
 
 
-def covariance_energy(
-    centered: Tensor, squares: Tensor, gram: bool, keep_inner: bool
-) -> tuple[Tensor, Tensor | None]:
+def covariance_energy(centered: Tensor, squares: Tensor, gram: bool) -> tuple[Tensor, Tensor]:
     """Sum over views of the squared off-diagonal elements of ``centered^T centered``.
 
     Both forms use ``||Xc^T Xc||_F = ||Xc Xc^T||_F`` and compute half of a symmetric product.
@@ -72,7 +74,6 @@ def covariance_energy(
         centered: centred embeddings, (V, N, D).
         squares: sums of squares over samples, (V, 1, D): the diagonal.
         gram: whether to form the N x N Gram matrix, else the D x D product.
-        keep_inner: whether the product is needed (it is for the gradient).
 
     Returns:
         The energy, 0-dim of the wide dtype, and the product: (V, N, N), or (V, D, D) with a zero
@@ -87,7 +88,7 @@ def covariance_energy(
             total = _symmetric_product(exact, zero_diagonal=False)[1]
             diagonal = energy(squared_sums(exact))
         total = (total - diagonal).clamp_(min=0)
-    return total, inner if keep_inner else None
+    return total, inner
 
 
 def covariance_product(
@@ -99,7 +100,10 @@ def covariance_product(
     ``Xc C = G Xc - Xc diag(m)``.
 
     Args:
-        centered, squares, inner, gram: from :func:`covariance_energy`.
+        centered: as given to :func:`covariance_energy`.
+        squares: likewise.
+        inner: from there.
+        gram: likewise.
         scale: 0-dim factor.
 
     Returns:
@@ -158,14 +162,28 @@ def quantiles(samples: int, rule: str, like: Tensor) -> Tensor:
             of equal probability.
         like: gives the device and the dtype.
     """
-    i = torch.arange(samples + 1, dtype=wide(like), device=like.device)
+    if like.device.type == "cpu":
+        q = torch.from_numpy(_quantiles_on_cpu(samples, rule))
+    else:
+        q = _wide_quantiles(samples, rule, wide(like), like.device)
+    return q.to(like.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _quantiles_on_cpu(samples: int, rule: str) -> NDArray[np.float64]:
+    # An array, because a cached tensor would carry inference mode from one call to another.
+    return _wide_quantiles(samples, rule, torch.float64, torch.device("cpu")).numpy()
+
+
+def _wide_quantiles(samples: int, rule: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    i = torch.arange(samples + 1, dtype=dtype, device=device)
     if rule == "paper":
         q = torch.special.ndtri(i[1:] / (samples + 1))
     else:
         edges = torch.special.ndtri(i / samples)
         density = torch.exp(-0.5 * edges.square()) / math.sqrt(2 * math.pi)
         q = samples * (density[:-1] - density[1:])
-    return ((q - q.flip(0)) / 2).to(like.dtype)
+    return (q - q.flip(0)) / 2
 
 
 def wasserstein_(p: Tensor, targets: Tensor, keep_gradient: bool) -> Tensor:
@@ -193,11 +211,25 @@ def knot_table(knots: int, t_max: float, like: Tensor) -> Tensor:
     The knot at t = 0 is left out: it adds 0 to the value and to the gradient. The weights are the
     trapezoid rule's, doubled for the negative half line (so 2 dt inside), times ``exp(-t^2/2)``.
     """
-    t = torch.linspace(0, t_max, knots, dtype=wide(like), device=like.device)
+    if like.device.type == "cpu":
+        table = torch.from_numpy(_knot_table_on_cpu(knots, t_max))
+    else:
+        table = _wide_knot_table(knots, t_max, wide(like), like.device)
+    return table.to(like.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _knot_table_on_cpu(knots: int, t_max: float) -> NDArray[np.float64]:
+    return _wide_knot_table(knots, t_max, torch.float64, torch.device("cpu")).numpy()
+
+
+def _wide_knot_table(knots: int, t_max: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    dt = t_max / (knots - 1)
+    t = torch.arange(1, knots, dtype=dtype, device=device) * dt
     target = torch.exp(-0.5 * t.square())
-    weight = 2 * t_max / (knots - 1) * target
+    weight = 2 * dt * target
     weight[-1] /= 2
-    return torch.stack((t, target, weight))[:, 1:].to(like.dtype)
+    return torch.stack((t, target, weight))
 
 
 def epps_pulley_(p: Tensor, table: Tensor, keep_gradient: bool) -> Tensor:

@@ -78,12 +78,15 @@ class VICRegLoss(Loss):
         self.gamma, self.eps = gamma, eps
         for name in ("invariance", "variance", "covariance"):
             _checks.real(name, getattr(self, name))
-        request = functional.variance_request(gamma, eps, "hinge", self.impl)
-        self._request: Request = request._replace(covariance="auto")
+        self._request()
 
     def options(self) -> dict[str, Any]:
         names = ("invariance", "variance", "covariance", "gamma", "eps")
         return {name: getattr(self, name) for name in names}
+
+    def _request(self) -> Request:
+        request = functional.variance_request(self.gamma, self.eps, "hinge", self.impl)
+        return request._replace(covariance="auto")
 
     def terms(self, *views: Embeddings) -> VICRegTerms:
         """The terms, without their coefficients; each can be differentiated."""
@@ -91,7 +94,7 @@ class VICRegLoss(Loss):
         invariance = functional.invariance_loss(z, **self._common())
         tensors = functional.checked(z, **self._sharing())
         _checks.warn_of_unit_norm("VICRegLoss", tensors, self.gamma)
-        variance, covariance = _ops.regularizers(self._request, tensors)
+        variance, covariance = _ops.regularizers(self._request(), tensors)
         return VICRegTerms(invariance, variance, covariance * batch_shape(tensors)[0])
 
     def total(self, terms: VICRegTerms) -> Tensor:
@@ -141,12 +144,15 @@ class VISRegLoss(SlicedLoss):
             _checks.real(name, getattr(self, name))
         functional.invariance_options("center", num_global, self.impl)
         self.num_global, self.quantiles = num_global, quantiles
-        request = functional.sketch_request("wasserstein", quantiles, 17, 3.0, self.impl)
-        self._request: Request = request._replace(variance="squared", center=True)
+        self._request()
 
     def options(self) -> dict[str, Any]:
         names = ("weight", "num_slices", "scale", "shape", "center", "num_global", "quantiles")
         return {**{name: getattr(self, name) for name in names}, "seed": self._shown_seed()}
+
+    def _request(self) -> Request:
+        request = functional.sketch_request("wasserstein", self.quantiles, 17, 3.0, self.impl)
+        return request._replace(variance="squared", center=True)
 
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> VISRegTerms:
         """The terms, without their weights; each can be differentiated."""
@@ -157,7 +163,7 @@ class VISRegLoss(SlicedLoss):
         tensors = functional.checked(z, **self._sharing())
         _checks.warn_of_unit_norm("VISRegLoss", tensors)
         w = self.directions_for(tensors, directions)
-        scale, center, shape = _ops.regularizers(self._request, tensors, w)
+        scale, center, shape = _ops.regularizers(self._request(), tensors, w)
         return VISRegTerms(invariance, scale, shape, center)
 
     def total(self, terms: VISRegTerms) -> Tensor:
@@ -203,11 +209,14 @@ class LeJEPALoss(SlicedLoss):
         _checks.fraction("weight", weight)
         functional.invariance_options("center", num_global, self.impl)
         self.weight, self.num_global, self.knots, self.t_max = weight, num_global, knots, t_max
-        self._request = functional.sketch_request("epps_pulley", "paper", knots, t_max, self.impl)
+        self._request()
 
     def options(self) -> dict[str, Any]:
         names = ("weight", "num_slices", "num_global", "knots", "t_max")
         return {**{name: getattr(self, name) for name in names}, "seed": self._shown_seed()}
+
+    def _request(self) -> Request:
+        return functional.sketch_request("epps_pulley", "paper", self.knots, self.t_max, self.impl)
 
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> LeJEPATerms:
         """The terms, without their weights; each can be differentiated."""
@@ -218,7 +227,7 @@ class LeJEPALoss(SlicedLoss):
         tensors = functional.checked(z, **self._sharing())
         _checks.warn_of_unit_norm("LeJEPALoss", tensors)
         w = self.directions_for(tensors, directions)
-        return LeJEPATerms(invariance, _ops.regularizers(self._request, tensors, w)[0])
+        return LeJEPATerms(invariance, _ops.regularizers(self._request(), tensors, w)[0])
 
     def total(self, terms: LeJEPATerms) -> Tensor:
         """The weighted sum of ``terms``: what ``forward`` returns."""

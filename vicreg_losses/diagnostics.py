@@ -121,7 +121,7 @@ class EmbeddingReport:
         axes.set_xlabel("dimension, sorted")
         axes.set_ylabel("standard deviation")
         axes.set_title(f"effective rank {self.effective_rank:.1f} of {self.dimensions}")
-        return axes  # type: ignore[no-any-return]
+        return axes
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def _problems(report: EmbeddingReport, finite: bool) -> list[str]:
     largest = report.std_quantiles[-1][1]
     if largest < 1e-2:
         found.append(
-            f"collapse: no dimension has a standard deviation above {largest:.2g}; the VICReg hinge "
+            f"collapse: no dimension has a standard deviation above {largest:.2g}; VICReg's hinge "
             "has little gradient below 0.01"
         )
     elif report.dead_dimensions:

@@ -69,7 +69,10 @@ def variance_loss(
         gamma: target standard deviation, in the units of ``z``; not negative.
         eps: added to the variance under the root, in squared units of ``z``; not negative.
         form: "hinge" or "squared".
-        gather_distributed, process_group, reduction, impl: see the module's conventions.
+        gather_distributed: this and the rest: see the module's conventions.
+        process_group: the ranks.
+        reduction: "mean" or "sum".
+        impl: "auto", "torch" or "triton".
 
     Returns:
         Tensor: 0-dim, the mean over dimensions and views.
@@ -104,7 +107,10 @@ def center_loss(
 
     Args:
         z: embeddings, see the module's conventions.
-        gather_distributed, process_group, reduction, impl: see the module's conventions.
+        gather_distributed: this and the rest: see the module's conventions.
+        process_group: the ranks.
+        reduction: "mean" or "sum".
+        impl: "auto", "torch" or "triton".
 
     Returns:
         Tensor: 0-dim, the mean over dimensions and views, in squared units of ``z``.
@@ -139,7 +145,10 @@ def covariance_loss(
     Args:
         z: embeddings, see the module's conventions.
         strategy: "gram" for N x N, "feature" for D x D, "auto" for the smaller one.
-        gather_distributed, process_group, reduction, impl: see the module's conventions.
+        gather_distributed: this and the rest: see the module's conventions.
+        process_group: the ranks.
+        reduction: "mean" or "sum".
+        impl: "auto", "torch" or "triton".
 
     Returns:
         Tensor: 0-dim, the mean over views, in the fourth power of the units of ``z``.
@@ -195,7 +204,10 @@ def sliced_sketch_loss(
             PyTorch's global generators are left alone either way.
         knots: number of points t, at least 2 ("epps_pulley").
         t_max: the last of them, in inverse units of ``z`` ("epps_pulley").
-        gather_distributed, process_group, reduction, impl: see the module's conventions.
+        gather_distributed: this and the rest: see the module's conventions.
+        process_group: the ranks.
+        reduction: "mean" or "sum".
+        impl: "auto", "torch" or "triton".
 
     Returns:
         Tensor: 0-dim, the mean over slices and views.
@@ -239,7 +251,10 @@ def invariance_loss(
         z: embeddings of at least two views ("pairwise"), see the module's conventions.
         form: "pairwise" or "center".
         num_global: G, how many views form the centre; ``None`` for all ("center" only).
-        gather_distributed, process_group, reduction, impl: see the module's conventions.
+        gather_distributed: this and the rest: see the module's conventions.
+        process_group: the ranks.
+        reduction: "mean" or "sum".
+        impl: "auto", "torch" or "triton".
 
     Returns:
         Tensor: 0-dim, in squared units of ``z``.
@@ -293,7 +308,9 @@ def sketch_request(statistic: str, quantiles: str, knots: int, t_max: float, imp
     _checks.integer("knots", knots, 2)
     _checks.real("t_max", t_max, positive=True)
     resolve(impl)
-    return Request(sketch=statistic, quantiles=quantiles, knots=knots, t_max=float(t_max), impl=impl)
+    return Request(
+        sketch=statistic, quantiles=quantiles, knots=knots, t_max=float(t_max), impl=impl
+    )
 
 
 def checked(

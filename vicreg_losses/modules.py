@@ -1,7 +1,7 @@
 """The terms as modules: what to add to a trainer's loss.
 
-Each holds its options and makes one call to the function of the same name in
-:mod:`vicreg_losses.functional`, whose documentation has the formula, the source and the conventions.
+Each holds its options and makes one call to the function of its name in
+:mod:`vicreg_losses.functional`, which documents the formula, the source and the conventions.
 ``forward`` takes what a trainer has at hand: one (N, D) tensor, several, a list of them, or one
 (V, N, D) tensor of V views.
 """
