@@ -160,18 +160,21 @@ def directions(tensor: object, like: Tensor) -> None:
         )
 
 
-_warned: set[str] = set()
+_LOOKS = 1000  # calls that are looked at: a trainer that normalizes does so from the start
+_looks: dict[str, int] = {}
 
 
 def warn_of_unit_norm(name: str, tensors: Sequence[Tensor], gamma: float = 1.0) -> None:
     """Warn, once for each name, if all rows of the first view have length 1.
 
-    Looked at on the CPU only: elsewhere it would wait for the device. A standard deviation of
+    Looked at on the CPU only, as elsewhere it would wait for the device, and in the first calls. A standard deviation of
     D^-1/2 is all that such rows can reach, so a ``gamma`` of that is no cause to warn.
     """
     first = tensors[0]
-    if torch.compiler.is_compiling() or name in _warned:
+    looks = _looks.get(name, 0)
+    if looks >= _LOOKS or torch.compiler.is_compiling():
         return
+    _looks[name] = looks + 1
     if first.device.type != "cpu" or type(first) not in (Tensor, torch.nn.Parameter):
         return
     view = first.detach() if first.dim() == 2 else first.detach()[0]
@@ -181,7 +184,7 @@ def warn_of_unit_norm(name: str, tensors: Sequence[Tensor], gamma: float = 1.0) 
     # One row tells at most calls.
     if not _has_unit_length(view.select(0, 0)) or not all(map(_has_unit_length, view[1:16])):
         return
-    _warned.add(name)
+    _looks[name] = _LOOKS
     warnings.warn(
         f"{name}: all rows of the embeddings have length 1, so their standard deviation cannot "
         f"exceed D^-1/2 = {reachable:.3g} per dimension. Regularize them before they are "
@@ -192,8 +195,8 @@ def warn_of_unit_norm(name: str, tensors: Sequence[Tensor], gamma: float = 1.0) 
 
 
 def forget_warning(name: str) -> None:
-    """Let the next call warn again."""
-    _warned.discard(name)
+    """Let the next calls warn again."""
+    _looks.pop(name, None)
 
 
 def _has_unit_length(row: Tensor) -> bool:

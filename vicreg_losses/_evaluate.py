@@ -4,6 +4,7 @@ No autograd here: :mod:`._ops` makes these two functions differentiable, :mod:`.
 operators for compiled code.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -56,13 +57,14 @@ def evaluate(
     residue: list[Tensor] = []
     epps_pulley = request.sketch == "epps_pulley"
     if request.variance or request.center or request.covariance or not epps_pulley:
-        centered, mean = backend.center(z, inplace=ours and not epps_pulley)
+        centered, first, second = backend.center(z, inplace=ours and not epps_pulley)
         squares = backend.squared_sums(centered)
     if request.variance:
         value, column = _variance(request, squares, samples)
         values.append(value)
         residue.append(column)
     if request.center:
+        mean = (first + second) / samples
         values.append(mean.square().mean())
         residue.append(mean)
     if request.variance or request.covariance:
@@ -110,20 +112,25 @@ def residue_fields(request: Request) -> tuple[str, ...]:
 
 
 def _variance(request: Request, squares: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """The variance term and the factor of the centred embeddings in its gradient."""
-    elements = squares.numel()
+    """The variance term, and up to a number the factor of the centred samples in its gradient."""
     if request.variance == "hinge":
-        # Never a root of 0, whose slope is infinite.
-        std = (squares / (samples - 1)).add_(max(request.eps, 1e-37)).sqrt_()
-        excess = std - request.gamma
-        slope = (excess < 0) / std
-        slope *= -1 / (elements * (samples - 1))
-        return excess.clamp_(max=0).sum().mul_(-1 / elements), slope
+        # In units of (N - 1)^1/2. Never a root of 0, whose slope is infinite.
+        unit = math.sqrt(samples - 1)
+        length = (squares + max(request.eps * unit * unit, 1e-37)).sqrt_()
+        excess = length - request.gamma * unit
+        slope = (excess < 0) / length
+        return excess.clamp_(max=0).sum().mul_(-1 / (squares.numel() * unit)), slope
     sigma = (squares / samples).sqrt_()
     excess = sigma + (SIGMA_EPS - 1)
     value = excess.square().mean()
-    slope = excess.mul_(2 / (elements * samples)) / sigma
-    return value, slope.masked_fill_(sigma == 0, 0)
+    return value, (excess / sigma).masked_fill_(sigma == 0, 0)
+
+
+def _variance_factor(request: Request, samples: int, elements: int) -> float:
+    """What the slope of :func:`_variance` leaves out, for ``elements`` = V D."""
+    if request.variance == "hinge":
+        return -1 / (elements * math.sqrt(samples - 1))
+    return 2 / (elements * samples)
 
 
 def gradient(
@@ -151,7 +158,8 @@ def gradient(
     rest = iter(residue)
     total = column = None
     if request.variance:
-        column, scale = next(rest), _scale(terms)
+        column = next(rest)
+        scale = _scale(terms, _variance_factor(request, samples, count * dimensions))
         column = column * scale if scale is not None else None
     if request.center:
         mean, scale = next(rest), _scale(terms, 2 / (count * samples * dimensions))

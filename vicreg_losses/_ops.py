@@ -67,23 +67,26 @@ class _Regularizers(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         request, _, *views = inputs
-        ctx.request, ctx.shape = request, batch_shape(views)
-        ctx.dtypes = [view.dtype for view in views]
-        ctx.save_for_backward(*output, *views)
+        _save(ctx, request, views, output)
         ctx.mark_non_differentiable(*output[request.terms() :])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         request, count = ctx.request, ctx.request.terms()
         saved = ctx.saved_tensors
-        outputs, views = saved[: -len(ctx.dtypes)], saved[-len(ctx.dtypes) :]
+        outputs, views = saved[: -ctx.view_count], saved[-ctx.view_count :]
         gradient = _opaque.gradient(
             request, ctx.shape, outputs[:count], outputs[count:], upstream[:count]
         )
         single = len(views) == 1
         gradients = [gradient.view(views[0].shape)] if single else gradient.unbind(0)
         return None, None, *_finish(gradients, views)
+
+
+def _save(ctx: Any, request: Request, views: Sequence[Tensor], output: Sequence[Tensor]) -> None:
+    ctx.request, ctx.shape, ctx.view_count = request, batch_shape(views), len(views)
+    ctx.save_for_backward(*output, *views)
+    ctx.set_materialize_grads(False)
 
 
 class _EagerRegularizers(torch.autograd.Function):
@@ -97,7 +100,7 @@ class _EagerRegularizers(torch.autograd.Function):
         ctx: Any, request: Request, directions: Tensor | None, *views: Tensor
     ) -> tuple[Tensor, ...]:
         output = tuple(_opaque.evaluate(request, views, directions, keep=True))
-        _Regularizers.setup_context(ctx, (request, directions, *views), output)
+        _save(ctx, request, views, output)
         return output[: request.terms()]
 
     backward = _Regularizers.backward
@@ -143,10 +146,14 @@ class _Invariance(torch.autograd.Function):
 
     @staticmethod
     def forward(num_global: int, factor: float, *views: Tensor) -> Tensor:
-        parts = _deviations(views, num_global)
-        total = torch.stack([energy(part) for part in parts]).sum()
-        count = len(parts) * parts[0].numel()
-        return (total * (factor / count)).to(parts[0].dtype)
+        flat = _flat(views)
+        if num_global == len(flat) == 2:
+            difference = _difference(flat)
+            total = energy(difference) / 2  # e = -difference / 2, difference / 2
+        else:
+            total = torch.stack([energy(part) for part in _deviations(flat, num_global)]).sum()
+        elements = len(flat) * flat[0].numel()
+        return (total * (factor / elements)).to(computing_dtype(views))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -156,14 +163,19 @@ class _Invariance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         value, *views = ctx.saved_tensors
-        parts = _deviations(views, ctx.num_global)
-        if ctx.num_global < len(parts):
-            share = sum(parts[ctx.num_global :]) / ctx.num_global
-            for part in parts[: ctx.num_global]:
-                part -= share
-        factor = 2 * ctx.factor / (len(parts) * parts[0].numel())
-        scale = finite_scale(upstream, value, factor)
-        gradients = [part.mul_(scale) for part in parts]
+        flat = _flat(views)
+        elements = len(flat) * flat[0].numel()
+        if ctx.num_global == len(flat) == 2:
+            slope = _difference(flat).mul_(finite_scale(upstream, value, ctx.factor / elements))
+            gradients = [-slope, slope]
+        else:
+            parts = _deviations(flat, ctx.num_global)
+            if ctx.num_global < len(parts):
+                share = torch.stack(parts[ctx.num_global :]).sum(0) / ctx.num_global
+                for part in parts[: ctx.num_global]:
+                    part -= share
+            scale = finite_scale(upstream, value, 2 * ctx.factor / elements)
+            gradients = [part.mul_(scale) for part in parts]
         if views[0].dim() == 3:
             gradients = [torch.stack(gradients)]
         return None, None, *_finish(gradients, views)
@@ -181,14 +193,22 @@ class _EagerInvariance(torch.autograd.Function):
     backward = _Invariance.backward
 
 
+def _flat(views: Sequence[Tensor]) -> Sequence[Tensor]:
+    return views[0].unbind(0) if views[0].dim() == 3 else views
+
+
+def _difference(views: Sequence[Tensor]) -> Tensor:
+    dtype = computing_dtype(views)
+    return views[1].to(dtype) - views[0].to(dtype)
+
+
 def _deviations(views: Sequence[Tensor], num_global: int) -> list[Tensor]:
     """Each view less the mean of the first ones, by differences to view 0.
 
     Differences of views are exact to their own rounding at any common offset; a mean is not.
     """
-    flat = list(views[0]) if views[0].dim() == 3 else list(views)
     dtype = computing_dtype(views)
-    origin = flat[0].to(dtype)
-    parts = [torch.zeros_like(origin), *(view.to(dtype) - origin for view in flat[1:])]
-    middle = sum(parts[1:num_global], parts[0]) / num_global
+    origin = views[0].to(dtype)
+    parts = [torch.zeros_like(origin), *(view.to(dtype) - origin for view in views[1:])]
+    middle = torch.stack(parts[:num_global]).sum(0) / num_global
     return [part.sub_(middle) for part in parts]

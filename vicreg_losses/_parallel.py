@@ -6,6 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+# OpenMP's threads spin for milliseconds after a GEMM: short work gains nothing from other threads.
+_BLOCKS_FOR_A_THREAD = 16
+
 
 def for_each_block(
     make_worker: Callable[[], Callable[[int, int], None]], rows: int, rows_per_block: int
@@ -22,7 +25,7 @@ def for_each_block(
         rows_per_block: the size of a block; the last one may be smaller.
     """
     todo = deque((i, min(i + rows_per_block, rows)) for i in range(0, rows, rows_per_block))
-    threads = min(torch.get_num_threads(), len(todo))
+    threads = min(torch.get_num_threads(), len(todo) // _BLOCKS_FOR_A_THREAD)
     inference = torch.is_inference_mode_enabled()  # thread-local, so the threads must be told
 
     def take() -> tuple[int, int] | None:
@@ -34,8 +37,7 @@ def for_each_block(
     def run() -> None:
         with torch.inference_mode(inference):
             worker = make_worker()
-            # First come, first served: OpenMP's threads spin for milliseconds after a GEMM, so the
-            # threads here do not get equal shares of the cores.
+            # First come, first served: beside spinning threads the cores have unequal shares.
             while (block := take()) is not None:
                 worker(*block)
 

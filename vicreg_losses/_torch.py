@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._parallel import for_each_block
 from ._sort import sort_residual_
 
-# Elements of projections alive at a time: what keeps a GEMM busy and still fits a cache (CPU) or a
-# small part of the memory (GPU).
-_CHUNK = {"cpu": 1 << 20, "other": 1 << 24}
-# Elements that PyTorch's element-wise CPU operations handle in the calling thread.
-_GRAIN = 32768
+# Elements of projections alive at a time, for each thread of a CPU or on another device: enough to
+# keep a GEMM and the sort busy, and a small part of a cache or of the memory.
+_CPU_CHUNK = 1 << 21
+_CHUNK = 1 << 24
+# Elements of a harmonic at a time, for each thread of a CPU: the least that PyTorch's element-wise
+# operations split between threads, so that all harmonics together stay in the last cache.
+_CPU_GRAIN = 32768
 # Off-diagonal share of the Gram energy below which float32 cannot tell it from the diagonal.
 _DIAGONAL_DOMINATES = 0.25
 
@@ -40,7 +41,7 @@ def energy(x: Tensor) -> Tensor:
     return norm.square_()
 
 
-def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
+def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Subtract the mean over samples.
 
     Twice: the second pass takes off what the rounding of the mean left, which in float32 at an
@@ -51,13 +52,14 @@ def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
         inplace: whether ``z`` may be overwritten.
 
     Returns:
-        The centred embeddings (V, N, D) and the mean (V, 1, D).
+        The centred embeddings (V, N, D), and the two sums that were spread over the samples,
+        (V, 1, D): together N times the mean.
     """
     share = 1 / z.shape[1]
-    high = z.sum(1, keepdim=True).mul_(share)
-    centered = z.sub_(high) if inplace else z - high
-    low = centered.sum(1, keepdim=True).mul_(share)
-    return centered.sub_(low), low.add_(high)
+    first = z.sum(1, keepdim=True)
+    centered = torch.sub(z, first, alpha=share, out=z if inplace else None)
+    second = centered.sum(1, keepdim=True)
+    return centered.sub_(second, alpha=share), first, second
 
 
 def squared_sums(centered: Tensor) -> Tensor:
@@ -247,24 +249,18 @@ def epps_pulley_(p: Tensor, table: Tensor, keep_gradient: bool) -> Tensor:
     slices, samples = p.shape
     statistic = p.new_empty(slices)
     on_cpu = p.device.type == "cpu"
-    rows_per_block = min(slices, max(1, (_GRAIN if on_cpu else _CHUNK["other"] // 8) // samples))
+    elements = _CPU_GRAIN * torch.get_num_threads() if on_cpu else _CHUNK // 8
+    rows = min(slices, max(1, elements // samples))
+    waves = p.new_empty(rows, 2 * table.shape[1], samples)
 
-    def make_worker() -> Callable[[int, int], None]:
-        waves = p.new_empty(rows_per_block, 2 * table.shape[1], samples)
-
-        def work(begin: int, end: int) -> None:
-            block = p[begin:end]
-            _harmonics(block, table[0, 0], waves[: end - begin])
-            value, coefficients = _epps_pulley_from_means(
-                waves[: end - begin].mean(-1), table, samples
-            )
-            statistic[begin:end] = value
-            if keep_gradient:
-                torch.bmm(coefficients, waves[: end - begin], out=block.unsqueeze(1))
-
-        return work
-
-    for_each_block(make_worker, slices, rows_per_block)
+    for begin in range(0, slices, rows):
+        block = p[begin : begin + rows]
+        some = waves[: block.shape[0]]
+        _harmonics(block, table[0, 0], some)
+        value, coefficients = _epps_pulley_from_means(some.mean(-1), table, samples)
+        statistic[begin : begin + rows] = value
+        if keep_gradient:
+            torch.bmm(coefficients, some, out=block.unsqueeze(1))
     return statistic
 
 
@@ -324,7 +320,8 @@ def sketch(
     """
     views, samples, _ = x.shape
     slices = directions.shape[1]
-    chunk = max(16, _CHUNK["cpu" if x.device.type == "cpu" else "other"] // samples)
+    on_cpu = x.device.type == "cpu"
+    chunk = max(16, (_CPU_CHUNK * torch.get_num_threads() if on_cpu else _CHUNK) // samples)
     total = torch.zeros((), dtype=wide(x), device=x.device)
     gradient = torch.zeros_like(x) if keep_gradient else None
     for begin in range(0, slices, chunk):
