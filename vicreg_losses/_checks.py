@@ -165,14 +165,17 @@ _looks: dict[str, int] = {}
 
 
 def warn_of_unit_norm(name: str, tensors: Sequence[Tensor], gamma: float = 1.0) -> None:
-    """Warn, once for each name, if all rows of the first view have length 1.
+    """Warn, once for each name, if the rows of the first view have length 1.
 
-    Looked at on the CPU only, as elsewhere it would wait for the device, and in the first calls. A standard deviation of
-    D^-1/2 is all that such rows can reach, so a ``gamma`` of that is no cause to warn.
+    Looked at on the CPU only, as elsewhere it would wait for the device, and in the first calls. A
+    standard deviation of D^-1/2 is all that such rows can reach, so a ``gamma`` of that is no cause
+    to warn.
     """
     first = tensors[0]
+    if torch.compiler.is_compiling():
+        return
     looks = _looks.get(name, 0)
-    if looks >= _LOOKS or torch.compiler.is_compiling():
+    if looks >= _LOOKS:
         return
     _looks[name] = looks + 1
     if first.device.type != "cpu" or type(first) not in (Tensor, torch.nn.Parameter):
@@ -186,7 +189,7 @@ def warn_of_unit_norm(name: str, tensors: Sequence[Tensor], gamma: float = 1.0) 
         return
     _looks[name] = _LOOKS
     warnings.warn(
-        f"{name}: all rows of the embeddings have length 1, so their standard deviation cannot "
+        f"{name}: the rows of the embeddings have length 1, so their standard deviation cannot "
         f"exceed D^-1/2 = {reachable:.3g} per dimension. Regularize them before they are "
         "normalized, or multiply them by D^1/2 (or set the hinge's gamma to D^-1/2).",
         UserWarning,

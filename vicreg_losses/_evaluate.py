@@ -4,8 +4,8 @@ No autograd here: :mod:`._ops` makes these two functions differentiable, :mod:`.
 operators for compiled code.
 """
 
-import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,13 @@ def evaluate(
         Variance, centre, covariance, sketch, those that are asked for, 0-dim; then the tensors of
         :func:`residue_fields`.
     """
+    with full_precision(views[0].device):
+        return _evaluate(request, views, directions, keep)
+
+
+def _evaluate(
+    request: Request, views: Sequence[Tensor], directions: Tensor | None, keep: bool
+) -> list[Tensor]:
     backend = resolve(request.impl)
     z, ours = batch(views)
     views_count, samples, dimensions = z.shape
@@ -57,14 +64,13 @@ def evaluate(
     residue: list[Tensor] = []
     epps_pulley = request.sketch == "epps_pulley"
     if request.variance or request.center or request.covariance or not epps_pulley:
-        centered, first, second = backend.center(z, inplace=ours and not epps_pulley)
+        centered, mean = backend.center(z, inplace=ours and not epps_pulley)
         squares = backend.squared_sums(centered)
     if request.variance:
         value, column = _variance(request, squares, samples)
         values.append(value)
         residue.append(column)
     if request.center:
-        mean = (first + second) / samples
         values.append(mean.square().mean())
         residue.append(mean)
     if request.variance or request.covariance:
@@ -86,6 +92,7 @@ def evaluate(
         value, slope = backend.sketch(
             x, directions, lambda p: backend.wasserstein_(p, targets, keep), keep
         )
+        value += sigma.sum() * 0  # NaN where sigma overflowed and so hid the samples
         slope = slope.div_(sigma) if keep else None
     if request.sketch:
         values.append(value.to(z.dtype))
@@ -114,12 +121,11 @@ def residue_fields(request: Request) -> tuple[str, ...]:
 def _variance(request: Request, squares: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """The variance term, and up to a number the factor of the centred samples in its gradient."""
     if request.variance == "hinge":
-        # In units of (N - 1)^1/2. Never a root of 0, whose slope is infinite.
-        unit = math.sqrt(samples - 1)
-        length = (squares + max(request.eps * unit * unit, 1e-37)).sqrt_()
-        excess = length - request.gamma * unit
-        slope = (excess < 0) / length
-        return excess.clamp_(max=0).sum().mul_(-1 / (squares.numel() * unit)), slope
+        # Never a root of 0, whose slope is infinite.
+        std = (squares / (samples - 1)).add_(max(request.eps, 1e-37)).sqrt_()
+        excess = std - request.gamma
+        slope = (excess < 0) / std
+        return excess.clamp_(max=0).mean().neg_(), slope
     sigma = (squares / samples).sqrt_()
     excess = sigma + (SIGMA_EPS - 1)
     value = excess.square().mean()
@@ -129,7 +135,7 @@ def _variance(request: Request, squares: Tensor, samples: int) -> tuple[Tensor, 
 def _variance_factor(request: Request, samples: int, elements: int) -> float:
     """What the slope of :func:`_variance` leaves out, for ``elements`` = V D."""
     if request.variance == "hinge":
-        return -1 / (elements * math.sqrt(samples - 1))
+        return -1 / (elements * (samples - 1))
     return 2 / (elements * samples)
 
 
@@ -152,6 +158,17 @@ def gradient(
         residue: likewise.
         upstream: the upstream gradient of each value, 0-dim, or ``None``.
     """
+    with full_precision(values[0].device):
+        return _gradient(request, shape, values, residue, upstream)
+
+
+def _gradient(
+    request: Request,
+    shape: tuple[int, int, int],
+    values: Sequence[Tensor],
+    residue: Sequence[Tensor],
+    upstream: Sequence[Tensor | None],
+) -> Tensor:
     backend = resolve(request.impl)
     count, samples, dimensions = shape
     terms = zip(upstream, values, strict=True)
@@ -199,6 +216,13 @@ def finite_scale(upstream: Tensor, value: Tensor, factor: float = 1.0) -> Tensor
     """
     scale = torch.add(upstream, value, alpha=0)
     return scale if factor == 1 else scale.mul_(factor)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside, whatever the caller has."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def uses_gram(request: Request, samples: int, dimensions: int) -> bool:

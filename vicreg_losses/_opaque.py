@@ -82,7 +82,8 @@ def _evaluate_op(
     request = Request(
         variance, center, covariance, sketch, gamma, eps, quantiles, knots, t_max, impl
     )
-    return _evaluate.evaluate(request, views, directions, keep)
+    # What a compiler was told: the strides of the input may have come through.
+    return [t.contiguous() for t in _evaluate.evaluate(request, views, directions, keep)]
 
 
 @_evaluate_op.register_fake
@@ -125,7 +126,8 @@ def _gradient_op(
     )
     present = iter(upstream)
     spread = [next(present) if there else None for there in asked]
-    return _evaluate.gradient(request, (shape[0], shape[1], shape[2]), values, residue, spread)
+    batch = (shape[0], shape[1], shape[2])
+    return _evaluate.gradient(request, batch, values, residue, spread).contiguous()
 
 
 @_gradient_op.register_fake

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _opaque
 from ._dispatch import resolve
-from ._evaluate import Request, batch_shape, computing_dtype, finite_scale
+from ._evaluate import Request, batch_shape, computing_dtype, finite_scale, full_precision
 from ._torch import energy
 
 
@@ -35,7 +35,7 @@ def regularizers(
         0-dim tensors, float32, or float64 if a view is.
     """
     resolve(request.impl)
-    if torch.is_grad_enabled() and any(view.requires_grad for view in views):
+    if _is_differentiated(views):
         function = _EagerRegularizers if _in_plain_eager() else _Regularizers
         outputs: tuple[Tensor, ...] = function.apply(request, directions, *views)
         return outputs[: request.terms()]
@@ -51,12 +51,19 @@ def invariance(views: Sequence[Tensor], num_global: int, factor: float) -> Tenso
         num_global: how many views form the centre.
         factor: multiplies the mean.
     """
-    if torch.is_grad_enabled() and any(view.requires_grad for view in views):
+    if _is_differentiated(views):
         function = _EagerInvariance if _in_plain_eager() else _Invariance
         value: Tensor = function.apply(num_global, factor, *views)
         return value
     with torch.no_grad():
         return _Invariance.forward(num_global, factor, *views)
+
+
+def _is_differentiated(views: Sequence[Tensor]) -> bool:
+    """Whether a derivative may be asked for; a forward-mode one is then refused by autograd."""
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(view.requires_grad for view in views)
 
 
 class _Regularizers(torch.autograd.Function):
@@ -147,13 +154,14 @@ class _Invariance(torch.autograd.Function):
     @staticmethod
     def forward(num_global: int, factor: float, *views: Tensor) -> Tensor:
         flat = _flat(views)
-        if num_global == len(flat) == 2:
-            difference = _difference(flat)
-            total = energy(difference) / 2  # e = -difference / 2, difference / 2
-        else:
-            total = torch.stack([energy(part) for part in _deviations(flat, num_global)]).sum()
         elements = len(flat) * flat[0].numel()
-        return (total * (factor / elements)).to(computing_dtype(views))
+        with full_precision(flat[0].device):
+            if num_global == len(flat) == 2:
+                total = energy(_difference(flat)) / 2  # e = -difference / 2, difference / 2
+            else:
+                parts = _deviations(flat, num_global)
+                total = torch.stack([energy(part) for part in parts]).sum()
+            return (total * (factor / elements)).to(computing_dtype(views))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -163,22 +171,28 @@ class _Invariance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         value, *views = ctx.saved_tensors
-        flat = _flat(views)
-        elements = len(flat) * flat[0].numel()
-        if ctx.num_global == len(flat) == 2:
-            slope = _difference(flat).mul_(finite_scale(upstream, value, ctx.factor / elements))
-            gradients = [-slope, slope]
-        else:
-            parts = _deviations(flat, ctx.num_global)
-            if ctx.num_global < len(parts):
-                share = torch.stack(parts[ctx.num_global :]).sum(0) / ctx.num_global
-                for part in parts[: ctx.num_global]:
-                    part -= share
-            scale = finite_scale(upstream, value, 2 * ctx.factor / elements)
-            gradients = [part.mul_(scale) for part in parts]
-        if views[0].dim() == 3:
-            gradients = [torch.stack(gradients)]
-        return None, None, *_finish(gradients, views)
+        with full_precision(value.device):
+            gradients = _invariance_gradients(ctx, upstream, value, _flat(views))
+            if views[0].dim() == 3:
+                gradients = [torch.stack(gradients)]
+            return None, None, *_finish(gradients, views)
+
+
+def _invariance_gradients(
+    ctx: Any, upstream: Tensor, value: Tensor, views: Sequence[Tensor]
+) -> list[Tensor]:
+    num_global, count = ctx.num_global, len(views)
+    factor = ctx.factor / (count * views[0].numel())
+    if num_global == count == 2:
+        slope = _difference(views).mul_(finite_scale(upstream, value, factor))
+        return [-slope, slope]
+    parts = _deviations(views, num_global)
+    if num_global < count:
+        share = torch.stack(parts[num_global:]).sum(0) / num_global
+        for part in parts[:num_global]:
+            part -= share
+    scale = finite_scale(upstream, value, 2 * factor)
+    return [part.mul_(scale) for part in parts]
 
 
 class _EagerInvariance(torch.autograd.Function):

@@ -41,25 +41,24 @@ def energy(x: Tensor) -> Tensor:
     return norm.square_()
 
 
-def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """Subtract the mean over samples.
 
     Twice: the second pass takes off what the rounding of the mean left, which in float32 at an
-    offset of 1e6 would reach the statistics.
+    offset of 1e6 would reach the statistics. What a constant column leaves is a multiple of its
+    last place, so the second mean is exact and the column becomes exactly 0.
 
     Args:
         z: embeddings, (V, N, D).
         inplace: whether ``z`` may be overwritten.
 
     Returns:
-        The centred embeddings (V, N, D), and the two sums that were spread over the samples,
-        (V, 1, D): together N times the mean.
+        The centred embeddings (V, N, D) and the mean (V, 1, D).
     """
-    share = 1 / z.shape[1]
-    first = z.sum(1, keepdim=True)
-    centered = torch.sub(z, first, alpha=share, out=z if inplace else None)
-    second = centered.sum(1, keepdim=True)
-    return centered.sub_(second, alpha=share), first, second
+    high = z.mean(1, keepdim=True)
+    centered = z.sub_(high) if inplace else z - high
+    low = centered.mean(1, keepdim=True)
+    return centered.sub_(low), low.add_(high)
 
 
 def squared_sums(centered: Tensor) -> Tensor:

@@ -90,9 +90,8 @@ class VICRegLoss(Loss):
 
     def terms(self, *views: Embeddings) -> VICRegTerms:
         """The terms, without their coefficients; each can be differentiated."""
-        z = self._views(views, "VICRegLoss")
-        invariance = functional.invariance_loss(z, **self._common())
-        tensors = functional.checked(z, **self._sharing())
+        tensors = self._float_views(views, "VICRegLoss")
+        invariance = functional.invariance_loss(tensors, **self._common())
         _checks.warn_of_unit_norm("VICRegLoss", tensors, self.gamma)
         variance, covariance = _ops.regularizers(self._request(), tensors)
         return VICRegTerms(invariance, variance, covariance * batch_shape(tensors)[0])
@@ -156,11 +155,10 @@ class VISRegLoss(SlicedLoss):
 
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> VISRegTerms:
         """The terms, without their weights; each can be differentiated."""
-        z = self._views(views, "VISRegLoss")
+        tensors = self._float_views(views, "VISRegLoss")
         invariance = functional.invariance_loss(
-            z, form="center", num_global=self.num_global, **self._common()
+            tensors, form="center", num_global=self.num_global, **self._common()
         )
-        tensors = functional.checked(z, **self._sharing())
         _checks.warn_of_unit_norm("VISRegLoss", tensors)
         w = self.directions_for(tensors, directions)
         scale, center, shape = _ops.regularizers(self._request(), tensors, w)
@@ -220,11 +218,10 @@ class LeJEPALoss(SlicedLoss):
 
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> LeJEPATerms:
         """The terms, without their weights; each can be differentiated."""
-        z = self._views(views, "LeJEPALoss")
+        tensors = self._float_views(views, "LeJEPALoss")
         invariance = functional.invariance_loss(
-            z, form="center", num_global=self.num_global, **self._common()
+            tensors, form="center", num_global=self.num_global, **self._common()
         )
-        tensors = functional.checked(z, **self._sharing())
         _checks.warn_of_unit_norm("LeJEPALoss", tensors)
         w = self.directions_for(tensors, directions)
         return LeJEPATerms(invariance, _ops.regularizers(self._request(), tensors, w)[0])

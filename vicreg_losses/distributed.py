@@ -116,8 +116,7 @@ def batch_statistics(z: Tensor, process_group: dist.ProcessGroup | None = None) 
     require_one_rank("distributed.batch_statistics", process_group)
     x, ours = batch(views)
     samples = x.shape[1]
-    centered, first, second = _torch.center(x, inplace=ours)
-    mean = (first + second) / samples
+    centered, mean = _torch.center(x, inplace=ours)
     variance = _torch.squared_sums(centered) / (samples - 1)
     shape = (*z.shape[:-2], z.shape[-1])
     count = torch.full((), samples, dtype=torch.int64, device=z.device)

@@ -333,6 +333,6 @@ def prepare_directions(directions: Tensor, views: Sequence[Tensor]) -> Tensor:
 def _draw(like: Tensor, slices: int, seed: int | None) -> Tensor:
     if seed is not None:
         _checks.integer("generator_seed", seed, 0)
-    step = torch.zeros((), dtype=torch.int64) if seed is not None else _opaque.next_call()
     key = torch.full((), seed or 0, dtype=torch.int64, device=like.device)
-    return _opaque.draw_directions(key, step.to(like.device), like.shape[-1], slices)
+    step = torch.zeros_like(key) if seed is not None else _opaque.next_call().to(key.device)
+    return _opaque.draw_directions(key, step, like.shape[-1], slices)

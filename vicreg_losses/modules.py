@@ -58,6 +58,15 @@ class Loss(nn.Module):
     def _common(self) -> dict[str, Any]:
         return {**self._sharing(), "impl": self.impl}
 
+    def _float_views(self, views: Sequence[Embeddings], warning: str) -> Sequence[Tensor]:
+        """Checked views for several terms, in the computing dtype.
+
+        One cast for all terms: its backward rounds the sum of their gradients once.
+        """
+        tensors = functional.checked(self._views(views, warning), **self._sharing())
+        dtype = computing_dtype(tensors)
+        return tuple(tensor.to(dtype) for tensor in tensors)
+
     def _views(self, views: Sequence[Embeddings], warning: str = "") -> Embeddings:
         """The arguments of ``forward`` as one argument of a function.
 
@@ -148,7 +157,8 @@ class SlicedLoss(Loss):
 
     The buffers ``seed`` and ``step`` name the slices of the next call. Both are in ``state_dict``,
     so a run resumes where it stopped; PyTorch's global generators are never touched. In evaluation
-    mode the step stands still. Activation checkpointing replays the slices of the last call.
+    mode the step stands still. A call that activation checkpointing repeats in the backward pass
+    gets the slices of the last call before it: checkpoint one call of a module in a step.
     """
 
     seed: Tensor

@@ -1,0 +1,49 @@
+"""What every test runs under: poisoned memory, one thread, reproducible Hypothesis."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Deterministic mode needs this on CUDA, before the first cuBLAS call.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# One thread: the tensors are small, and on a busy machine OpenMP threads that wait for each other's
+# cores are ten times slower than one alone. The tests of threaded code ask for `two_threads`.
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, print_blob=True, database=None
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty_memory() -> Iterator[None]:
+    """Fills `torch.empty` with NaN (integers: their maximum), so a read of unwritten memory shows.
+
+    PyTorch does so in deterministic mode, which also turns nondeterministic operators into errors.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Lets PyTorch, and the library, use two threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="marked gpu: needs a CUDA device, none found")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
