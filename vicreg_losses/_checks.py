@@ -150,7 +150,9 @@ def directions(tensor: object, like: Tensor) -> None:
     if tensor.requires_grad:
         raise ValueError("directions: expected no requires_grad, as they get no gradient; detach.")
     debug = os.environ.get("VICREG_LOSSES_DEBUG", "") not in ("", "0")
-    if torch.compiler.is_compiling() or not (tensor.device.type == "cpu" or debug):
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return
+    if tensor.device.type == "meta" or not (tensor.device.type == "cpu" or debug):
         return
     norms = torch.linalg.vector_norm(tensor.detach().float(), dim=0)
     if not bool(((norms - 1).abs() <= _UNIT_TOLERANCE).all()):

@@ -220,7 +220,7 @@ def finite_scale(upstream: Tensor, value: Tensor, factor: float = 1.0) -> Tensor
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside, whatever the caller has."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -33,7 +33,10 @@ def draw_directions(seed: Tensor, step: Tensor, dimensions: int, slices: int) ->
         rows = torch.randn(slices, dimensions, generator=generator, dtype=torch.float32)
     else:
         rows = counter_normal(_key(seed, step), dimensions, slices)
-    rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    lost = norms == 0  # one number in 2^24 is 0, and a slice of one dimension has but one
+    rows[:, :1] += lost
+    rows /= norms + lost
     return rows.T
 
 
@@ -43,6 +46,7 @@ def counter_normal(key: Tensor, dimensions: int, slices: int) -> Tensor:
     pair_index = torch.arange((dimensions + 1) // 2, device=key.device)
     bits = _scramble(_scramble(slice_index + pair_index + key) + key)
     first = ((bits >> 32) & 0xFFFFFFFF).float().add_(0.5).mul_(2.0**-32)
+    first.clamp_(max=1 - 2.0**-24)  # never a radius of 0
     second = (bits & 0xFFFFFFFF).float().mul_(2 * math.pi * 2.0**-32)
     radius = first.log_().mul_(-2).sqrt_()  # Box and Muller, 1958
     return torch.cat((radius * second.cos(), radius * second.sin()), 1)[:, :dimensions]

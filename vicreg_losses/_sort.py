@@ -93,6 +93,7 @@ def _flat_argsort(
     IEEE floats order like sign-magnitude integers, so flipping the magnitude of the negative ones
     gives an integer of the same order. The flat index in the low half keeps ties stable.
     """
+    block += 0.0  # -0.0 becomes 0.0, its equal
     bits, key = block.view(np.int32), ordered.view(np.int32)
     np.right_shift(bits, 31, out=key)
     key &= 0x7FFFFFFF
