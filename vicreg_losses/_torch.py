@@ -319,17 +319,16 @@ def sketch(
     """
     views, samples, _ = x.shape
     slices = directions.shape[1]
-    on_cpu = x.device.type == "cpu"
-    chunk = max(16, (_CPU_CHUNK * torch.get_num_threads() if on_cpu else _CHUNK) // samples)
+    elements = _CPU_CHUNK * torch.get_num_threads() if x.device.type == "cpu" else _CHUNK
+    chunk = max(16, elements // (views * samples))
     total = torch.zeros((), dtype=wide(x), device=x.device)
     gradient = torch.zeros_like(x) if keep_gradient else None
     for begin in range(0, slices, chunk):
-        w = directions[:, begin : begin + chunk].T  # (k, D)
-        for view in range(views):
-            p = torch.mm(w, x[view].T)  # (k, N)
-            total += statistic(p).sum(dtype=total.dtype)
-            if gradient is not None:
-                gradient[view].addmm_(p.T, w)
+        w = directions[:, begin : begin + chunk].T.expand(views, -1, -1)  # (V, k, D)
+        p = torch.bmm(w, x.mT)  # (V, k, N)
+        total += statistic(p.flatten(0, 1)).sum(dtype=total.dtype)
+        if gradient is not None:
+            gradient.baddbmm_(p.mT, w)
     count = views * slices
     if gradient is not None:
         gradient /= count
