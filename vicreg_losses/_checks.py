@@ -30,6 +30,13 @@ def integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}.")
 
 
+def seed(name: str, value: object) -> None:
+    """Check the seed of a generator."""
+    integer(name, value, 0)
+    if value >= 1 << 63:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected less than 2^63, got {value}.")
+
+
 def real(name: str, value: object, *, positive: bool = False) -> None:
     """Check a finite number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -64,7 +71,7 @@ def embeddings(
     if not tensors:
         raise ValueError("embeddings: expected at least one view, got none.")
     for tensor in tensors:
-        _embedding_tensor(tensor)
+        embedding_tensor(tensor)
     first = tensors[0]
     if len(tensors) == 1:
         if first.dim() not in (2, 3):
@@ -88,7 +95,8 @@ def embeddings(
     return tensors
 
 
-def _embedding_tensor(tensor: object) -> None:
+def embedding_tensor(tensor: object) -> None:
+    """Check that it is a dense floating-point tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"embeddings: expected a torch.Tensor, got {type(tensor).__name__}.")
     if type(tensor).__name__ == "DTensor":

@@ -160,6 +160,7 @@ def embedding_report(z: Tensor) -> EmbeddingReport:
 
 
 def _pooled(z: Tensor) -> Tensor:
+    _checks.embedding_tensor(z)
     _checks.embeddings(z)
     x = z.detach().flatten(0, -2)
     return x.cpu().double() if x.device.type == "mps" else x.double()

@@ -112,6 +112,7 @@ def batch_statistics(z: Tensor, process_group: dist.ProcessGroup | None = None) 
         TypeError, ValueError: for anything but embeddings of at least two samples.
         RuntimeError: for more than one rank, see the module's note.
     """
+    _checks.embedding_tensor(z)
     views = _checks.embeddings(z)
     require_one_rank("distributed.batch_statistics", process_group)
     x, ours = batch(views)
@@ -124,6 +125,7 @@ def batch_statistics(z: Tensor, process_group: dist.ProcessGroup | None = None) 
 
 
 def _one_view(z: Tensor) -> Tensor:
-    if isinstance(z, Tensor) and z.dim() != 2:
+    _checks.embedding_tensor(z)
+    if z.dim() != 2:
         raise ValueError(f"z: expected shape (N, D), got {tuple(z.shape)}.")
     return _checks.embeddings(z, min_samples=0)[0]

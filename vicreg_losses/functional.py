@@ -332,7 +332,7 @@ def prepare_directions(directions: Tensor, views: Sequence[Tensor]) -> Tensor:
 
 def _draw(like: Tensor, slices: int, seed: int | None) -> Tensor:
     if seed is not None:
-        _checks.integer("generator_seed", seed, 0)
+        _checks.seed("generator_seed", seed)
     key = torch.full((), seed or 0, dtype=torch.int64, device=like.device)
     step = torch.zeros_like(key) if seed is not None else _opaque.next_call().to(key.device)
     return _opaque.draw_directions(key, step, like.shape[-1], slices)

@@ -158,7 +158,8 @@ class SlicedLoss(Loss):
     The buffers ``seed`` and ``step`` name the slices of the next call. Both are in ``state_dict``,
     so a run resumes where it stopped; PyTorch's global generators are never touched. In evaluation
     mode the step stands still. A call that activation checkpointing repeats in the backward pass
-    gets the slices of the last call before it: checkpoint one call of a module in a step.
+    gets the slices of the last call before it: checkpoint one call of a module in a step, and not
+    together with ``torch.compile``.
     """
 
     seed: Tensor
@@ -167,7 +168,7 @@ class SlicedLoss(Loss):
     def __init__(self, num_slices: int, seed: int, **common: Any) -> None:
         super().__init__(**common)
         _checks.integer("num_slices", num_slices, 1)
-        _checks.integer("seed", seed, 0)
+        _checks.seed("seed", seed)
         self.num_slices = num_slices
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
@@ -228,6 +229,8 @@ class SlicedSketchLoss(SlicedLoss):
         super().__init__(num_slices, seed, **common)
         functional.sketch_request(statistic, quantiles, knots, t_max, self.impl)
         _checks.one_of("slices", slices, ("shared", "per_rank"))
+        if generator_seed is not None:
+            _checks.seed("generator_seed", generator_seed)
         self.statistic, self.quantiles, self.slices = statistic, quantiles, slices
         self.knots, self.t_max, self.generator_seed = knots, t_max, generator_seed
         self.register_buffer("directions", directions, persistent=False)
@@ -249,7 +252,8 @@ class SlicedSketchLoss(SlicedLoss):
         if directions is None:
             directions = self.directions
         if directions is None and self.generator_seed is None:
-            directions = self.next_directions(_checks.embeddings(z)[0])
+            # Checked first: a refused call must not advance the slices.
+            directions = self.next_directions(functional.checked(z, **self._sharing())[0])
         return functional.sliced_sketch_loss(
             z,
             directions=directions,
