@@ -15,18 +15,19 @@ PACKAGE = ROOT / "vicreg_losses"
 # Which files of the package each file may import: itself never, and nothing that may import it.
 PRIMITIVES = {"_parallel", "_sort", "_torch", "_slices"}
 ARROWS: dict[str, set[str]] = {
-    "_checks": set(),
+    "_compat": set(),
+    "_checks": {"_compat"},
     "_parallel": set(),
     "_slices": set(),
     "_sort": {"_parallel"},
     "_torch": {"_parallel", "_sort"},
     "_dispatch": {"_checks", "_torch", "kernels"},
     "_evaluate": {"_dispatch", *PRIMITIVES},
-    "_opaque": {"_evaluate", "_dispatch", *PRIMITIVES},
+    "_opaque": {"_compat", "_evaluate", "_dispatch", *PRIMITIVES},
     "distributed": {"_checks", "_evaluate", "_dispatch", *PRIMITIVES},
-    "_ops": {"_opaque", "_evaluate", "_dispatch", "distributed", *PRIMITIVES},
+    "_ops": {"_compat", "_opaque", "_evaluate", "_dispatch", "distributed", *PRIMITIVES},
     "functional": {"_checks", "_dispatch", "_evaluate", "_opaque", "_ops", "distributed"},
-    "modules": {"_checks", "_evaluate", "_opaque", "functional"},
+    "modules": {"_checks", "_compat", "_evaluate", "_opaque", "functional"},
     "composites": {"_checks", "_evaluate", "_ops", "functional", "modules"},
     "diagnostics": {"_checks"},
     "__init__": {"composites", "diagnostics", "distributed", "functional", "modules"},

@@ -88,6 +88,16 @@ def test_no_grad_advances_as_training_does(make: Callable[..., nn.Module]) -> No
 
 
 @each_module
+def test_torch_func_advances_as_training_does(make: Callable[..., nn.Module]) -> None:
+    captured, trained = make(), make()
+    for _ in range(2):
+        z = embeddings().requires_grad_()
+        trained(z).backward()
+        assert torch.equal(torch.func.grad(captured)(z.detach()), z.grad)
+    assert captured.step == trained.step
+
+
+@each_module
 def test_bad_input_does_not_advance_the_step(make: Callable[..., nn.Module]) -> None:
     module = make()
     z = embeddings()

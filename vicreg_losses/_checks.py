@@ -9,6 +9,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from . import _compat
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Largest distance from 1 of the length of a unit vector that was rounded to 16 bits.
@@ -39,6 +41,8 @@ def seed(name: str, value: object) -> None:
 
 def real(name: str, value: object, *, positive: bool = False) -> None:
     """Check a finite number that is not negative."""
+    if torch.compiler.is_compiling():  # a float may be symbolic; the constructor has checked it
+        return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}.")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
@@ -66,8 +70,9 @@ def embeddings(
     Returns:
         The tensor as given, alone, or the views, each (N, D).
     """
+    several = (list, tuple)  # torch 2.8 compiles no isinstance with a union
     tensors: tuple[Tensor, ...]
-    tensors = tuple(views) if isinstance(views, list | tuple) else (views,)  # type: ignore[assignment]
+    tensors = tuple(views) if isinstance(views, several) else (views,)  # type: ignore[assignment]
     if not tensors:
         raise ValueError("embeddings: expected at least one view, got none.")
     for tensor in tensors:
@@ -104,7 +109,7 @@ def embedding_tensor(tensor: object) -> None:
             "embeddings: expected a plain torch.Tensor, got a DTensor; pass the local shard, "
             "tensor.to_local()."
         )
-    if torch._C._functorch.is_batchedtensor(tensor):
+    if _compat.is_batched(tensor):
         raise TypeError(
             "embeddings: expected a tensor outside torch.vmap, got one inside it; these losses "
             "are statistics of a batch. Pass the views as one (V, N, D) tensor."
@@ -141,19 +146,22 @@ def _same_views(tensors: tuple[Tensor, ...]) -> None:
             )
 
 
-def directions(tensor: object, like: Tensor) -> None:
+def directions(tensor: object, like: Tensor | None = None) -> None:
     """Check explicit directions against embeddings; their length where no device need be read."""
-    dimensions = like.shape[-1]
     if not isinstance(tensor, Tensor):
         raise TypeError(f"directions: expected a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.dtype not in FLOATING:
         raise TypeError(f"directions: expected a floating dtype, got {tensor.dtype}.")
-    if tensor.dim() != 2 or tensor.shape[0] != dimensions or tensor.shape[1] < 1:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"directions: expected a dense tensor, got layout {tensor.layout}.")
+    dimensions = "D" if like is None else like.shape[-1]
+    known = tensor.dim() == 2 and (like is None or tensor.shape[0] == like.shape[-1])
+    if not known or tensor.numel() < 1:
         raise ValueError(
             f"directions: expected shape (D, K) = ({dimensions}, K), one unit column a slice, got "
             f"{_shape(tensor)}."
         )
-    if tensor.device != like.device:
+    if like is not None and tensor.device != like.device:
         raise ValueError(f"directions: expected device {like.device}, got {tensor.device}.")
     if tensor.requires_grad:
         raise ValueError("directions: expected no requires_grad, as they get no gradient; detach.")

@@ -32,7 +32,7 @@ class Request(NamedTuple):
 
     def terms(self) -> int:
         """Number of terms asked for."""
-        return sum(map(bool, self[:4]))
+        return bool(self.variance) + self.center + bool(self.covariance) + bool(self.sketch)
 
 
 def evaluate(
@@ -122,7 +122,11 @@ def _variance(request: Request, squares: Tensor, samples: int) -> tuple[Tensor, 
     """The variance term, and up to a number the factor of the centred samples in its gradient."""
     if request.variance == "hinge":
         # Never a root of 0, whose slope is infinite.
-        std = (squares / (samples - 1)).add_(max(request.eps, 1e-37)).sqrt_()
+        std = (
+            (squares / (samples - 1))
+            .add_(max(request.eps, torch.finfo(squares.dtype).tiny))
+            .sqrt_()
+        )
         excess = std - request.gamma
         slope = (excess < 0) / std
         return excess.clamp_(max=0).mean().neg_(), slope
@@ -220,7 +224,7 @@ def finite_scale(upstream: Tensor, value: Tensor, factor: float = 1.0) -> Tensor
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside, whatever the caller has."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -60,7 +60,7 @@ def _has_data(tensors: Sequence[Tensor]) -> bool:
 
 
 def _next_call() -> Tensor:
-    return torch.tensor(next(_calls))
+    return torch.tensor(next(_calls), device="cpu")
 
 
 @torch.library.custom_op("vicreg_losses::evaluate", mutates_args=())
@@ -155,4 +155,4 @@ def _next_call_op() -> Tensor:
 
 @_next_call_op.register_fake
 def _() -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")

@@ -2,8 +2,8 @@
 
 ``regularizers`` serves any choice of the variance, centre, covariance and sketch terms from one
 pass of statistics, so that composites share it; ``invariance`` compares views. Each is an
-``autograd.Function``: forward keeps the smallest residue its gradient can be finished from, and
-backward applies the upstream gradients as device scalars.
+``autograd.Function``: forward keeps what its gradient is finished from in one pass (never D x D
+for D > N, nor N x K), and backward applies the upstream gradients as device scalars.
 
 Eager code calls the implementation directly; compiled, fake and meta tensors meet it as an opaque
 custom operator, which costs more per call but is one node of the graph.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _opaque
+from . import _compat, _opaque
 from ._dispatch import resolve
 from ._evaluate import Request, batch_shape, computing_dtype, finite_scale, full_precision
 from ._torch import energy
@@ -61,7 +61,7 @@ def invariance(views: Sequence[Tensor], num_global: int, factor: float) -> Tenso
 
 def _is_differentiated(views: Sequence[Tensor]) -> bool:
     """Whether a derivative may be asked for; a forward-mode one is then refused by autograd."""
-    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+    if not torch.compiler.is_compiling() and _compat.in_forward_mode():
         return True
     return torch.is_grad_enabled() and any(view.requires_grad for view in views)
 
@@ -114,7 +114,7 @@ class _EagerRegularizers(torch.autograd.Function):
 
 
 def _in_plain_eager() -> bool:
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (torch.compiler.is_compiling() or _compat.in_transform())
 
 
 def _finish(gradients: Sequence[Tensor], views: Sequence[Tensor]) -> list[Tensor]:

@@ -29,8 +29,10 @@ def draw_directions(seed: Tensor, step: Tensor, dimensions: int, slices: int) ->
         slices: K.
     """
     if seed.device.type == "cpu":  # the serial generator is the fastest there
-        generator = torch.Generator().manual_seed(_key(int(seed), int(step)) & _BITS)
-        rows = torch.randn(slices, dimensions, generator=generator, dtype=torch.float32)
+        generator = torch.Generator("cpu").manual_seed(_key(int(seed), int(step)) & _BITS)
+        rows = torch.randn(
+            slices, dimensions, generator=generator, dtype=torch.float32, device="cpu"
+        )
     else:
         rows = counter_normal(_key(seed, step), dimensions, slices)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)

@@ -51,8 +51,9 @@ class VICRegLoss(Loss):
     """VICReg: ``25 invariance + 25 variance + 1 covariance``.
 
     The invariance is pairwise, the variance (hinge) the mean over views, the covariance their sum:
-    the official code for two views (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906). The equation
-    of the paper adds the variance up over views: coefficients 25, 50, 1 for two.
+    the official code for two views (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906). The paper's
+    pseudo-code adds the variance up over views: coefficients 25, 50, 1 for two. Its equation does
+    not divide the invariance by D either: 25 D, 50, 1.
 
     Args:
         invariance, variance, covariance: the coefficients.

@@ -53,7 +53,7 @@ def effective_rank(z: Tensor, *, center: bool = False) -> float:
     return float(torch.special.entr(singular / singular.sum()).sum().exp())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EmbeddingReport:
     """What :func:`embedding_report` found. ``print`` it, or ``plot`` it.
 

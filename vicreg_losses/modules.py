@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks, _opaque, functional
+from . import _checks, _compat, _opaque, functional
 from ._evaluate import computing_dtype
 from .functional import Embeddings, Group
 
@@ -175,13 +175,20 @@ class SlicedLoss(Loss):
 
     def next_directions(self, like: Tensor) -> Tensor:
         """Directions of this call, (D, K), float32, for embeddings ``like`` (..., D)."""
+        self._follow(like)
         step = self.step
         advance = int(self.training)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and _compat.in_backward():
             step, advance = step - advance, 0  # recomputed in a backward pass
         drawn = _opaque.draw_directions(self.seed, step, like.shape[-1], self.num_slices)
-        self.step.add_(advance)
+        _compat.add_outside_transforms_(self.step, advance)
         return drawn.to(like.device)
+
+    def _follow(self, like: Tensor) -> None:
+        """Move the counter to the embeddings once, rather than the slices at every call."""
+        plain = type(like) in (Tensor, nn.Parameter) and not like.is_meta
+        if plain and not torch.compiler.is_compiling() and self.step.device != like.device:
+            self.seed, self.step = self.seed.to(like.device), self.step.to(like.device)
 
     def directions_for(self, views: Sequence[Tensor], explicit: Tensor | None) -> Tensor:
         """Explicit directions, checked, or those of this call, in the computing dtype."""
@@ -233,11 +240,20 @@ class SlicedSketchLoss(SlicedLoss):
             _checks.seed("generator_seed", generator_seed)
         self.statistic, self.quantiles, self.slices = statistic, quantiles, slices
         self.knots, self.t_max, self.generator_seed = knots, t_max, generator_seed
+        if directions is not None:
+            _checks.directions(directions)
+            if generator_seed is not None:
+                raise ValueError("generator_seed: expected None beside directions, got both.")
         self.register_buffer("directions", directions, persistent=False)
 
     def options(self) -> dict[str, Any]:
         names = ("num_slices", "statistic", "quantiles", "slices", "knots", "t_max")
-        return {"seed": self._shown_seed(), **{name: getattr(self, name) for name in names}}
+        shown = {"seed": self._shown_seed(), **{name: getattr(self, name) for name in names}}
+        if self.generator_seed is not None:
+            shown["generator_seed"] = self.generator_seed
+        if self.directions is not None:
+            shown["directions"] = tuple(self.directions.shape)
+        return shown
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SlicedSketchLoss":
         """Let ``.to()`` and ``.bfloat16()`` move fixed directions, but never round them."""
