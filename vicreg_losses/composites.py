@@ -86,8 +86,10 @@ class VICRegLoss(Loss):
         return {name: getattr(self, name) for name in names}
 
     def _request(self) -> Request:
-        request = functional.variance_request(self.gamma, self.eps, "hinge", self.impl)
-        return request._replace(covariance="auto")
+        one = functional.variance_request(self.gamma, self.eps, "hinge", self.impl)
+        return Request(
+            variance="hinge", covariance="auto", gamma=one.gamma, eps=one.eps, impl=one.impl
+        )
 
     def terms(self, *views: Embeddings) -> VICRegTerms:
         """The terms, without their coefficients; each can be differentiated."""
@@ -151,8 +153,14 @@ class VISRegLoss(SlicedLoss):
         return {**{name: getattr(self, name) for name in names}, "seed": self._shown_seed()}
 
     def _request(self) -> Request:
-        request = functional.sketch_request("wasserstein", self.quantiles, 17, 3.0, self.impl)
-        return request._replace(variance="squared", center=True)
+        one = functional.sketch_request("wasserstein", self.quantiles, 17, 3.0, self.impl)
+        return Request(
+            variance="squared",
+            center=True,
+            sketch=one.sketch,
+            quantiles=one.quantiles,
+            impl=one.impl,
+        )
 
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> VISRegTerms:
         """The terms, without their weights; each can be differentiated."""
