@@ -161,8 +161,8 @@ def test_trainer_step_compiles_as_a_whole(name: str) -> None:
 
 @pytest.mark.parametrize("way", ["checkpoint of compiled", "compiled checkpoint"])
 def test_activation_checkpointing(way: str) -> None:
-    """Of losses without random slices; those have one sequence for forward and recomputation."""
-    eager, module = VICRegLoss(), VICRegLoss()
+    """The recomputation takes the slices of the forward pass, and no step of its own."""
+    eager, module = SlicedSketchLoss(K), SlicedSketchLoss(K)
     compiler = partial(torch.compile, backend="aot_eager")
     if way == "compiled checkpoint":
         loss = compiler(partial(checkpoint, module, use_reentrant=False))
@@ -173,6 +173,7 @@ def test_activation_checkpointing(way: str) -> None:
         eager(z).backward()
         loss(same_z).backward()
         assert_close([same_z.grad], [z.grad])
+    assert module.step == eager.step
 
 
 def test_compiled_training_switches_to_evaluation() -> None:

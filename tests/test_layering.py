@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "distributed": {"_checks", "_evaluate", "_dispatch", *PRIMITIVES},
     "_ops": {"_compat", "_opaque", "_evaluate", "_dispatch", "distributed", *PRIMITIVES},
     "functional": {"_checks", "_dispatch", "_evaluate", "_opaque", "_ops", "distributed"},
-    "modules": {"_checks", "_compat", "_evaluate", "_opaque", "functional"},
+    "modules": {"_checks", "_evaluate", "_opaque", "functional"},
     "composites": {"_checks", "_evaluate", "_ops", "functional", "modules"},
     "diagnostics": {"_checks"},
     "__init__": {"composites", "diagnostics", "distributed", "functional", "modules"},

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _evaluate, _slices
+from . import _compat, _evaluate, _slices
 from ._evaluate import Request
 
 _calls = itertools.count()
@@ -41,11 +41,21 @@ def gradient(
     return _gradient_op(list(shape), list(values), list(residue), present, asked, *request)
 
 
-def draw_directions(seed: Tensor, step: Tensor, dimensions: int, slices: int) -> Tensor:
-    """:func:`._slices.draw_directions`, through the operator where that is needed."""
-    if _has_data([seed, step]):
-        return _slices.draw_directions(seed, step, dimensions, slices)
-    return _draw_op(seed, step, dimensions, slices)
+def draw_directions(
+    seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int = 0
+) -> Tensor:
+    """:func:`._slices.draw_directions`, through the operator where that is needed.
+
+    In a backward pass, where activation checkpointing repeats the forward one, the step is already
+    ``advance`` further, and the slices are those of before.
+    """
+    draw = _draw if _has_data([seed, step]) else _draw_op
+    return draw(seed, step, dimensions, slices, advance)
+
+
+def advance_step(step: Tensor, advance: int) -> None:
+    """Add to the step, but not in a backward pass."""
+    (_advance if _has_data([step]) else _advance_op)(step, advance)
 
 
 def next_call() -> Tensor:
@@ -135,14 +145,34 @@ def _(shape: list[int], values: list[Tensor], *rest: object) -> Tensor:
     return values[0].new_empty(shape)
 
 
+def _draw(seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int) -> Tensor:
+    replayed = step - advance if _compat.in_backward() else step
+    return _slices.draw_directions(seed, replayed, dimensions, slices)
+
+
+def _advance(step: Tensor, advance: int) -> None:
+    if not _compat.in_backward():
+        _compat.add_outside_transforms_(step, advance)
+
+
 @torch.library.custom_op("vicreg_losses::draw_directions", mutates_args=())
-def _draw_op(seed: Tensor, step: Tensor, dimensions: int, slices: int) -> Tensor:
-    return _slices.draw_directions(seed, step, dimensions, slices)
+def _draw_op(seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int) -> Tensor:
+    return _draw(seed, step, dimensions, slices, advance)
 
 
 @_draw_op.register_fake
-def _(seed: Tensor, step: Tensor, dimensions: int, slices: int) -> Tensor:
+def _(seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int) -> Tensor:
     return seed.new_empty((slices, dimensions), dtype=torch.float32).T
+
+
+@torch.library.custom_op("vicreg_losses::advance_step", mutates_args=("step",))
+def _advance_op(step: Tensor, advance: int) -> None:
+    _advance(step, advance)
+
+
+@_advance_op.register_fake
+def _(step: Tensor, advance: int) -> None:
+    pass
 
 
 # The tag keeps compilers from merging two draws.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks, _compat, _opaque, functional
+from . import _checks, _opaque, functional
 from ._evaluate import computing_dtype
 from .functional import Embeddings, Group
 
@@ -158,8 +158,7 @@ class SlicedLoss(Loss):
     The buffers ``seed`` and ``step`` name the slices of the next call. Both are in ``state_dict``,
     so a run resumes where it stopped; PyTorch's global generators are never touched. In evaluation
     mode the step stands still. A call that activation checkpointing repeats in the backward pass
-    gets the slices of the last call before it: checkpoint one call of a module in a step, and not
-    together with ``torch.compile``.
+    gets the slices of the last call before it: checkpoint one call of a module in a step.
     """
 
     seed: Tensor
@@ -176,12 +175,12 @@ class SlicedLoss(Loss):
     def next_directions(self, like: Tensor) -> Tensor:
         """Directions of this call, (D, K), float32, for embeddings ``like`` (..., D)."""
         self._follow(like)
-        step = self.step
         advance = int(self.training)
-        if not torch.compiler.is_compiling() and _compat.in_backward():
-            step, advance = step - advance, 0  # recomputed in a backward pass
-        drawn = _opaque.draw_directions(self.seed, step, like.shape[-1], self.num_slices)
-        _compat.add_outside_transforms_(self.step, advance)
+        drawn = _opaque.draw_directions(
+            self.seed, self.step, like.shape[-1], self.num_slices, advance
+        )
+        if advance:
+            _opaque.advance_step(self.step, advance)
         return drawn.to(like.device)
 
     def _follow(self, like: Tensor) -> None:
