@@ -52,7 +52,7 @@ def _numpy_sort_residual_(p: Tensor, targets: Tensor, keep_residual: bool) -> Te
     values, q = p.numpy(), targets.numpy()
     sums = np.empty(slices, values.dtype)
     rows_per_block = min(slices, max(1, _BLOCK // samples))
-    index = np.arange(rows_per_block * samples)
+    index = _flat_index(rows_per_block * samples)
 
     def values_only() -> Callable[[int, int], None]:
         def work(begin: int, end: int) -> None:
@@ -80,6 +80,11 @@ def _numpy_sort_residual_(p: Tensor, targets: Tensor, keep_residual: bool) -> Te
 
     for_each_block(with_residual if keep_residual else values_only, slices, rows_per_block)
     return torch.from_numpy(sums)
+
+
+@functools.lru_cache(maxsize=4)
+def _flat_index(count: int) -> NDArray[np.int64]:
+    return np.arange(count)
 
 
 def _flat_argsort(
