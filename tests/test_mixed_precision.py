@@ -147,3 +147,18 @@ def test_huge_scales_do_overflow() -> None:
     z = (1e25 * oracles.embeddings(2, 20, 9)).float()
     assert not functional.covariance_loss(z).isfinite()
     assert not VICRegLoss()(z).isfinite()
+
+
+@pytest.mark.parametrize(
+    "loss", [VICRegLoss(invariance=1e38), VISRegLoss(num_slices=4, center=1e38)], ids=repr
+)
+def test_weighted_sum_that_overflows_has_no_finite_gradient(loss: torch.nn.Module) -> None:
+    """Finite terms whose sum is not: each of their own gradients would be finite."""
+    z = (10 * torch.randn(2, 16, 4, generator=torch.Generator().manual_seed(0)) + 30).float()
+    z.requires_grad_()
+    terms = loss.terms(z)
+    assert all(term.isfinite() for term in terms)
+    value = loss.total(terms)
+    value.backward()
+    assert not value.isfinite()
+    assert not z.grad.isfinite().any()
