@@ -24,9 +24,11 @@ from vicreg_losses import (
     VarianceLoss,
     VICRegLoss,
     VISRegLoss,
+    _evaluate,
     _opaque,
     functional,
 )
+from vicreg_losses._evaluate import Request
 
 K = 5
 W = oracles.unit_directions(6, K)
@@ -283,3 +285,15 @@ def test_no_value_is_read_back_from_a_gpu(name: str, monkeypatch: pytest.MonkeyP
     with FakeTensorMode():
         z = torch.empty(2, 9, 6, device="cuda")
         assert LOSSES[name]()(z).shape == ()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "gram", "feature"])
+@pytest.mark.parametrize("shape", [(2, 9, 5), (1, 5, 9)])
+def test_fake_shapes_are_the_real_ones(shape: tuple[int, int, int], strategy: str) -> None:
+    request = Request(
+        variance="hinge", center=True, covariance=strategy, sketch="wasserstein", quantiles="exact"
+    )
+    z, w = torch.randn(shape), torch.eye(shape[2])
+    real = _evaluate.evaluate(request, [z], w, True)
+    fake = _opaque.evaluate(request, [z.to("meta")], w.to("meta"), True)
+    assert [t.shape for t in fake] == [t.shape for t in real]
