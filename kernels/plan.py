@@ -1,0 +1,195 @@
+"""How work is cut: tiles of the products, strips of the passes, pieces for the programs.
+
+No autotuner: all are pure functions of the problem and the chip, so that two processes never
+differ, nothing is timed at a first call, and all of it can be tested without a device.
+"""
+
+import math
+from typing import NamedTuple
+
+from .launch import Target
+
+
+class Blocks(NamedTuple):
+    """Shape of the work of one program of a matrix product.
+
+    Attributes:
+        rows, columns: of the tile of the result; columns are a multiple of rows.
+        depth: of the contraction, a step.
+        warps: of the program.
+        stages: steps in flight.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Rows, columns and warps of a tile, by the parts of an operand: two have twice the operands and the
+# accumulators. And by columns the speed that is expected of it: a wide one reads less for each
+# operation. Not yet measured on a GPU.
+_TILES = {1: ((128, 256, 8), (128, 128, 8), (64, 64, 4)), 2: ((64, 128, 8), (64, 64, 4))}
+_RATES = {256: 1.0, 128: 0.85, 64: 0.5}
+# Tiles for each processor from which on the last, partly filled round is cheap.
+_WHOLE = 4
+
+
+def inner_blocks(target: Target, parts: int, views: int, side: int, depth: int) -> Blocks:
+    """Block shape of half of a product (side, depth) (depth, side).
+
+    Programs may share a tile, so only what is too small for a processor counts: the largest tile
+    that leaves each of them 32 steps. The widest is not shared, its pieces would cost too much.
+    """
+    work = views * side * side // 2
+    for rows, columns, warps in _TILES[parts]:
+        shape = shaped(target, parts, rows, columns, warps)
+        tiles = work // (rows * columns)
+        if columns == 256 and tiles < _WHOLE * target.processors:
+            continue
+        if tiles * (depth // shape.depth) >= 32 * target.processors:
+            return shape
+    return shape
+
+
+def gradient_blocks(
+    target: Target, parts: int, views: int, samples: int, dimensions: int
+) -> Blocks:
+    """Block shape of a product with a result (samples, dimensions): the one that ends first."""
+
+    def cost(tile: tuple[int, int, int]) -> float:
+        rows, columns, _ = tile
+        tiles = views * -(-samples // rows) * -(-dimensions // columns)
+        return -(-tiles // target.processors) * rows * columns / _RATES[columns]
+
+    return shaped(target, parts, *min(_TILES[parts], key=cost))
+
+
+def shaped(target: Target, parts: int, rows: int, columns: int, warps: int) -> Blocks:
+    """A tile with the deepest step and the most stages that fit the shared memory."""
+    amd = target.arch.startswith("gfx")
+    depth = 32 if amd and parts == 2 else 64
+    step = 2 * parts * (rows + columns) * depth  # bytes
+    stages = 2 if amd else max(2, min(4, target.shared // step))
+    return Blocks(rows, columns, depth, warps, stages)
+
+
+def even_span(target: Target, tiles: int, steps: int) -> int:
+    """Steps for each program, of a line of ``tiles * steps``.
+
+    Whole tiles where they fill the processors evenly enough; else equal pieces of the line, one
+    for each processor. Pieces are not shorter than ``sqrt(steps)``: a program that finishes a tile
+    reads the pieces of it one after the other.
+    """
+    if tiles >= _WHOLE * target.processors:
+        return steps
+    return max(-(-tiles * steps // target.processors), math.isqrt(steps))
+
+
+class Strips(NamedTuple):
+    """How the elementwise passes cut (N, D): columns by strips, rows by splits.
+
+    Attributes:
+        columns: of a strip.
+        rows: of a step of a program.
+        strips: number of strips.
+        splits: number of programs on a strip, at most 128.
+        split_rows: rows of each of them, a multiple of ``rows``.
+        warps: of the program.
+    """
+
+    columns: int
+    rows: int
+    strips: int
+    splits: int
+    split_rows: int
+    warps: int
+
+
+def strips(target: Target, views: int, samples: int, dimensions: int) -> Strips:
+    """Enough programs for eight on each processor, where the batch has as many."""
+    rows, columns = 32, 64
+    count = -(-dimensions // columns)
+    wanted = -(-8 * target.processors // (views * count))
+    splits = max(1, min(128, wanted, -(-samples // (2 * rows))))
+    split_rows = rows * -(-samples // (rows * splits))
+    return Strips(columns, rows, count, -(-samples // split_rows), split_rows, 4)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
+    return -(-size // multiple) * multiple
+
+
+class Plan(NamedTuple):
+    """How the two products are cut.
+
+    Attributes:
+        gram: the form.
+        parts: 16-bit numbers for each element.
+        inner, gradient: block shapes.
+        padded: N and D of the operands.
+        tiles: of the inner product, each view.
+        steps: of each tile.
+        span: steps of a program.
+        programs: of the inner product.
+        tickets: zeros that it needs: one for all tiles, one for each if they are shared.
+    """
+
+    gram: bool
+    parts: int
+    inner: Blocks
+    gradient: Blocks
+    padded: tuple[int, int]
+    tiles: int
+    steps: int
+    span: int
+    programs: int
+    tickets: int
+
+    @property
+    def side(self) -> int:
+        """Of the inner product."""
+        return self.padded[0] if self.gram else self.padded[1]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether programs share tiles."""
+        return self.span % self.steps != 0
+
+
+def plan(target: Target, shape: tuple[int, int, int], gram: bool, parts: int) -> Plan:
+    """Choose the blocks and the split of the inner product for a batch (V, N, D)."""
+    views, samples, dimensions = shape
+    side, depth = (samples, dimensions) if gram else (dimensions, samples)
+    inner = inner_blocks(target, parts, views, side, depth)
+    gradient = gradient_blocks(target, parts, views, samples, dimensions)
+    return cut(target, shape, gram, parts, inner, gradient)
+
+
+def cut(
+    target: Target,
+    shape: tuple[int, int, int],
+    gram: bool,
+    parts: int,
+    inner: Blocks,
+    gradient: Blocks,
+    span: int | None = None,
+) -> Plan:
+    """A plan with given blocks, and a given number of steps for each program."""
+    views, samples, dimensions = shape
+    across = max(inner.columns, gradient.depth)  # of the side of the inner product
+    along = inner.depth  # of the other one
+    rows = max(gradient.rows, across if gram else along)
+    columns = max(gradient.columns, round_up(64, along if gram else across))
+    padded = round_up(samples, rows), round_up(dimensions, columns)
+    side, depth = padded if gram else padded[::-1]
+    blocks = side // inner.columns
+    tiles = inner.columns // inner.rows * (blocks * (blocks + 1) // 2)
+    steps = depth // inner.depth
+    if span is None:
+        span = even_span(target, views * tiles, steps)
+    programs = -(-views * tiles * steps // span)
+    tickets = 1 + (views * tiles if span % steps else 0)
+    return Plan(gram, parts, inner, gradient, padded, tiles, steps, span, programs, tickets)
