@@ -1,7 +1,20 @@
-"""Questions about PyTorch's state that have no public name (torch 2.8 to 2.15)."""
+"""What PyTorch has no public name for, or none that is cheap (torch 2.8 to 2.15)."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def constant_when_compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """``torch.compiler.assume_constant_result``, without the import of a second that it costs."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -12,6 +25,23 @@ def is_batched(tensor: Tensor) -> bool:
 def in_transform() -> bool:
     """Whether a ``torch.func`` transform is running."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """Plain PyTorch inside, whatever ``torch.func`` transform is running."""
+    return torch._C._DisableFuncTorch()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor that ``torch.func.grad`` has wrapped, for code that needs its memory."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if is_batched(tensor):
+            raise NotImplementedError(
+                "vicreg_losses: expected a plain upstream gradient for Triton kernels, got a "
+                "batched one (torch.vmap over a backward pass). Use impl='torch'."
+            )
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def in_forward_mode() -> bool:
@@ -29,5 +59,17 @@ def add_outside_transforms_(tensor: Tensor, number: int) -> None:
     if torch.compiler.is_compiling() or not in_transform():
         tensor.add_(number)
         return
-    with torch._C._DisableFuncTorch():
+    with outside_transforms():
         tensor.add_(number)
+
+
+@constant_when_compiled
+def float32_products_are_exact() -> bool:
+    """Whether float32 matrix products on an accelerator shall have the precision of float32.
+
+    Compiled code asks once, and again after ``torch.set_float32_matmul_precision``.
+    """
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by torch.backends.cuda.matmul.fp32_precision, or by that and this
+        return torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")

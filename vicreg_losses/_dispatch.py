@@ -1,22 +1,107 @@
-"""Which implementation of the primitives serves a call."""
+"""Which implementation serves a call: plain PyTorch, or Triton kernels."""
 
+from collections.abc import Sequence
 from types import ModuleType
 
-from . import _torch
+import torch
+from torch import Tensor
+
+from . import _compat, _evaluate
 from ._checks import one_of
+from ._request import Request
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
+# Chips on which "auto" takes the kernels: those with a run under benchmarks/results/ in which every
+# test marked gpu passed.
+MEASURED: frozenset[str] = frozenset()
 
 
-def resolve(impl: str) -> ModuleType:
-    """The module of primitives for ``impl``.
+def check(impl: str, *, kernels: bool = True) -> None:
+    """Check the option, before there is a tensor.
 
     A named implementation is honoured or refused with the reason; only "auto" chooses.
+
+    Args:
+        impl: the option.
+        kernels: whether the term has Triton kernels.
     """
     one_of("impl", impl, IMPLEMENTATIONS)
-    if impl == "triton":
-        raise RuntimeError(
-            "impl='triton' cannot run: this version of vicreg_losses has no Triton kernels. "
-            "Use impl='auto' or impl='torch'."
-        )
-    return _torch
+    if impl != "triton":
+        return
+    if not kernels:
+        _refuse("this term has no Triton kernels in this version")
+    obstacle = _obstacle("cpu")  # also the interpreter's kernels have been imported
+    if obstacle and (obstacle == _NOT_INSTALLED or not torch.cuda.is_available()):
+        _refuse(obstacle)
+
+
+def resolve(request: Request, views: Sequence[Tensor]) -> Request:
+    """The request with its implementation chosen: ``impl`` is "triton" after this, or it is not.
+
+    Args:
+        request: what to evaluate.
+        views: the embeddings.
+    """
+    device = views[0].device
+    if request.impl == "torch" or (request.impl == "auto" and device.type != "cuda"):
+        return request
+    wide = any(view.dtype == torch.float64 for view in views)
+    if request.impl == "auto":
+        if wide or request.sketch or not _is_measured(device.index or 0):
+            return request
+    else:
+        obstacle = _obstacle(device.type)
+        if wide:
+            obstacle = "there are no kernels for float64"
+        if request.sketch:
+            obstacle = "the sketch has no Triton kernels in this version"
+        if obstacle:
+            _refuse(obstacle)
+    narrow = all(view.dtype in (torch.float16, torch.bfloat16) for view in views)
+    parts = 2 if not narrow and _compat.float32_products_are_exact() else 1
+    return request._replace(impl="triton", parts=parts)
+
+
+def backend(request: Request) -> ModuleType:
+    """The module with ``evaluate``, ``gradient`` and ``residue`` for a resolved request."""
+    if request.impl == "triton":
+        from . import _fused  # Triton is not loaded before
+
+        return _fused
+    return _evaluate
+
+
+_NOT_INSTALLED = "Triton is not installed"
+
+
+def _refuse(obstacle: str) -> None:
+    raise RuntimeError(f"impl='triton' cannot run: {obstacle}. Use impl='auto' or impl='torch'.")
+
+
+@_compat.constant_when_compiled
+def _obstacle(device_type: str) -> str:
+    """Why the kernels cannot run on a kind of device; empty if they can."""
+    try:
+        from .kernels import inner, launch
+    except ImportError:
+        return _NOT_INSTALLED
+    if device_type == "cuda":
+        return ""
+    if device_type != "cpu":
+        return f"there is no Triton for a device of type {device_type!r}"
+    if launch.is_interpreted(inner._inner_kernel):
+        return ""
+    return (
+        "Triton needs a GPU; on a CPU its interpreter serves for tests, with TRITON_INTERPRET=1 in "
+        "the environment before the first use"
+    )
+
+
+@_compat.constant_when_compiled
+def _is_measured(index: int) -> bool:
+    """Whether "auto" takes the kernels on a CUDA device."""
+    if not MEASURED or _obstacle("cuda"):
+        return False
+    from .kernels import launch
+
+    return launch.target(torch.device("cuda", index)).arch in MEASURED

@@ -1,38 +1,20 @@
 """Values and closed-form gradients of the regularizers: local statistics, then the terms.
 
-No autograd here: :mod:`._ops` makes these two functions differentiable, :mod:`._opaque` makes them
-operators for compiled code.
+In plain PyTorch; :mod:`._fused` has the same three functions over Triton kernels. No autograd here:
+:mod:`._ops` makes two of them differentiable, :mod:`._opaque` operators for compiled code.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._dispatch import resolve
+from . import _torch as primitives
+from ._request import Request, batch_shape, computing_dtype, uses_gram
 
 SIGMA_EPS = 1e-6  # VISReg adds it to the standard deviation, in the scale and in the shape term
-
-
-class Request(NamedTuple):
-    """Which regularizers to evaluate; an empty string or ``False`` leaves a term out."""
-
-    variance: str = ""  # "hinge" | "squared"
-    center: bool = False
-    covariance: str = ""  # "auto" | "gram" | "feature"
-    sketch: str = ""  # "wasserstein" | "epps_pulley"
-    gamma: float = 1.0
-    eps: float = 1e-4
-    quantiles: str = "paper"  # "paper" | "exact"
-    knots: int = 17
-    t_max: float = 3.0
-    impl: str = "auto"
-
-    def terms(self) -> int:
-        """Number of terms asked for."""
-        return bool(self.variance) + self.center + bool(self.covariance) + bool(self.sketch)
 
 
 def evaluate(
@@ -47,8 +29,7 @@ def evaluate(
         keep: whether a gradient will be asked for.
 
     Returns:
-        Variance, centre, covariance, sketch, those that are asked for, 0-dim; then the tensors of
-        :func:`residue_fields`.
+        Variance, centre, covariance, sketch, those that are asked for, 0-dim; then the residue.
     """
     with full_precision(views[0].device):
         return _evaluate(request, views, directions, keep)
@@ -57,15 +38,14 @@ def evaluate(
 def _evaluate(
     request: Request, views: Sequence[Tensor], directions: Tensor | None, keep: bool
 ) -> list[Tensor]:
-    backend = resolve(request.impl)
     z, ours = batch(views)
     views_count, samples, dimensions = z.shape
     values: list[Tensor] = []
-    residue: list[Tensor] = []
+    residue: list[Any] = []  # tensors, if kept
     epps_pulley = request.sketch == "epps_pulley"
     if request.variance or request.center or request.covariance or not epps_pulley:
-        centered, mean = backend.center(z, inplace=ours and not epps_pulley)
-        squares = backend.squared_sums(centered)
+        centered, mean = primitives.center(z, inplace=ours and not epps_pulley)
+        squares = primitives.squared_sums(centered)
     if request.variance:
         value, column = _variance(request, squares, samples)
         values.append(value)
@@ -77,45 +57,52 @@ def _evaluate(
         residue.append(centered)
     if request.covariance:
         gram = uses_gram(request, samples, dimensions)
-        energy, inner = backend.covariance_energy(centered, squares, gram)
+        energy, inner = primitives.covariance_energy(centered, squares, gram)
         values.append(energy.mul_(1 / (views_count * dimensions * (samples - 1) ** 2)).to(z.dtype))
         residue += squares, inner
     if epps_pulley:
-        table = backend.knot_table(request.knots, request.t_max, z)
-        value, slope = backend.sketch(
-            z, directions, lambda p: backend.epps_pulley_(p, table, keep), keep
+        assert directions is not None
+        table = primitives.knot_table(request.knots, request.t_max, z)
+        value, slope = primitives.sketch(
+            z, directions, lambda p: primitives.epps_pulley_(p, table, keep), keep
         )
     elif request.sketch:
+        assert directions is not None
         sigma = (squares / samples).sqrt_().add_(SIGMA_EPS)
         x = centered / sigma if residue and residue[-1] is centered else centered.div_(sigma)
-        targets = backend.quantiles(samples, request.quantiles, x)
-        value, slope = backend.sketch(
-            x, directions, lambda p: backend.wasserstein_(p, targets, keep), keep
+        targets = primitives.quantiles(samples, request.quantiles, x)
+        value, slope = primitives.sketch(
+            x, directions, lambda p: primitives.wasserstein_(p, targets, keep), keep
         )
         value += sigma.sum() * 0  # NaN where sigma overflowed and so hid the samples
-        slope = slope.div_(sigma) if keep else None
+        slope = slope.div_(sigma) if slope is not None else None
     if request.sketch:
         values.append(value.to(z.dtype))
         residue.append(slope)
     return values + residue if keep else values
 
 
-def residue_fields(request: Request) -> tuple[str, ...]:
-    """What ``evaluate`` keeps, in order.
+def residue(request: Request, views: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors like those that ``evaluate`` keeps, without their values.
 
     column (V, 1, D), the variance's factor of the centred samples; mean (V, 1, D); centered
     (V, N, D); squares (V, 1, D) and inner (V, N, N) or (V, D, D), of the covariance; slope
     (V, N, D), the sketch's gradient.
     """
-    names = {
-        "column": request.variance,
-        "mean": request.center,
-        "centered": request.variance or request.covariance,
-        "squares": request.covariance,
-        "inner": request.covariance,
-        "slope": request.sketch,
-    }
-    return tuple(name for name, kept in names.items() if kept)
+    count, samples, dimensions = shape = batch_shape(views)
+    sides = {"auto": torch.sym_min(samples, dimensions), "gram": samples, "feature": dimensions}
+    side = sides.get(request.covariance, 0)
+    row = (count, 1, dimensions)
+    kept = (
+        (row, request.variance),
+        (row, request.center),
+        (shape, request.variance or request.covariance),
+        (row, request.covariance),
+        ((count, side, side), request.covariance),
+        (shape, request.sketch),
+    )
+    like = views[0].new_empty((), dtype=computing_dtype(views))
+    return [like.new_empty(size) for size, asked in kept if asked]
 
 
 def _variance(request: Request, squares: Tensor, samples: int) -> tuple[Tensor, Tensor]:
@@ -149,8 +136,10 @@ def gradient(
     values: Sequence[Tensor],
     residue: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
+    views: Sequence[Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of the terms with an upstream gradient: (V, N, D) in the dtype of the values.
+    """Gradient of the terms with an upstream gradient, (V, N, D).
 
     The sum of a product with the Gram matrix or the covariance, of ``centered * column`` (both the
     diagonal of the Gram form and the variance), of a row (the centre) and of the sketch's slope.
@@ -161,9 +150,11 @@ def gradient(
         values: from :func:`evaluate`.
         residue: likewise.
         upstream: the upstream gradient of each value, 0-dim, or ``None``.
+        views: not needed here.
+        dtype: of the result.
     """
     with full_precision(values[0].device):
-        return _gradient(request, shape, values, residue, upstream)
+        return _gradient(request, shape, values, residue, upstream).to(dtype)
 
 
 def _gradient(
@@ -173,7 +164,6 @@ def _gradient(
     residue: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
 ) -> Tensor:
-    backend = resolve(request.impl)
     count, samples, dimensions = shape
     terms = zip(upstream, values, strict=True)
     rest = iter(residue)
@@ -194,7 +184,7 @@ def _gradient(
         scale = _scale(terms, 4 / (count * dimensions * (samples - 1) ** 2))
         if scale is not None:
             gram = uses_gram(request, samples, dimensions)
-            total, diagonal = backend.covariance_product(centered, squares, inner, gram, scale)
+            total, diagonal = primitives.covariance_product(centered, squares, inner, gram, scale)
             if diagonal is not None:
                 column = diagonal if column is None else column + diagonal
     if column is not None:
@@ -229,19 +219,6 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def uses_gram(request: Request, samples: int, dimensions: int) -> bool:
-    """Whether the covariance is served by the N x N product."""
-    return samples < dimensions if request.covariance == "auto" else request.covariance == "gram"
-
-
-def computing_dtype(views: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any view is; else float32, whatever is stored."""
-    for view in views:
-        if view.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
-
-
 def batch(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
     """The views as one (V, N, D) tensor of the computing dtype; whether it is a fresh copy."""
     dtype = computing_dtype(views)
@@ -249,11 +226,3 @@ def batch(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
         return torch.stack([view.to(dtype) for view in views]), True
     z = views[0].to(dtype)
     return (z if z.dim() == 3 else z.unsqueeze(0)), z is not views[0]
-
-
-def batch_shape(views: Sequence[Tensor]) -> tuple[int, int, int]:
-    """(V, N, D)."""
-    shape = views[0].shape
-    if len(shape) == 3:
-        return shape[0], shape[1], shape[2]
-    return len(views), shape[0], shape[1]

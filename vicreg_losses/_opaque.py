@@ -7,12 +7,14 @@ for fake and meta tensors it knows the shapes.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _compat, _evaluate, _slices
-from ._evaluate import Request
+from . import _compat, _slices
+from ._dispatch import backend
+from ._request import Request, computing_dtype
 
 _calls = itertools.count()
 
@@ -20,9 +22,9 @@ _calls = itertools.count()
 def evaluate(
     request: Request, views: Sequence[Tensor], directions: Tensor | None, keep: bool
 ) -> list[Tensor]:
-    """:func:`._evaluate.evaluate`, through the operator where that is needed."""
+    """``evaluate`` of the implementation, through the operator where that is needed."""
     if _has_data(views):
-        return _evaluate.evaluate(request, views, directions, keep)
+        return backend(request).evaluate(request, views, directions, keep)
     return _evaluate_op(list(views), directions, keep, *request)
 
 
@@ -32,13 +34,23 @@ def gradient(
     values: Sequence[Tensor],
     residue: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
+    views: Sequence[Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`._evaluate.gradient`, through the operator where that is needed."""
+    """``gradient`` of the implementation, through the operator where that is needed."""
     if _has_data(values):
-        return _evaluate.gradient(request, shape, values, residue, upstream)
+        if request.impl == "triton" and _compat.in_transform():  # kernels take plain tensors
+            values, residue, upstream, views = map(_plain, (values, residue, upstream, views))
+            with _compat.outside_transforms():
+                finish = backend(request).gradient
+                return finish(request, shape, values, residue, upstream, views, dtype)
+        return backend(request).gradient(request, shape, values, residue, upstream, views, dtype)
     asked = [g is not None for g in upstream]
     present = [g for g in upstream if g is not None]
-    return _gradient_op(list(shape), list(values), list(residue), present, asked, *request)
+    kept = list(views) if request.impl == "triton" else []  # the other one does not read them
+    return _gradient_op(
+        list(shape), list(values), list(residue), present, asked, kept, dtype, *request
+    )
 
 
 def draw_directions(
@@ -61,6 +73,10 @@ def advance_step(step: Tensor, advance: int) -> None:
 def next_call() -> Tensor:
     """The number of calls so far in this process: a step for draws that nobody counts."""
     return _next_call_op() if torch.compiler.is_compiling() else _next_call()
+
+
+def _plain(tensors: Sequence[Any]) -> list[Any]:
+    return [t if t is None else _compat.plain(t) for t in tensors]
 
 
 def _has_data(tensors: Sequence[Tensor]) -> bool:
@@ -88,12 +104,13 @@ def _evaluate_op(
     knots: int,
     t_max: float,
     impl: str,
+    parts: int,
 ) -> list[Tensor]:
     request = Request(
-        variance, center, covariance, sketch, gamma, eps, quantiles, knots, t_max, impl
+        variance, center, covariance, sketch, gamma, eps, quantiles, knots, t_max, impl, parts
     )
     # What a compiler was told: the strides of the input may have come through.
-    return [t.contiguous() for t in _evaluate.evaluate(request, views, directions, keep)]
+    return [t.contiguous() for t in backend(request).evaluate(request, views, directions, keep)]
 
 
 @_evaluate_op.register_fake
@@ -101,16 +118,9 @@ def _(
     views: list[Tensor], directions: Tensor | None, keep: bool, *options: str | bool | float | int
 ) -> list[Tensor]:
     request = Request(*options)  # type: ignore[arg-type]
-    count, samples, dimensions = shape = _evaluate.batch_shape(views)
-    like = views[0].new_empty((), dtype=_evaluate.computing_dtype(views))
+    like = views[0].new_empty((), dtype=computing_dtype(views))
     outputs = [like.new_empty(()) for _ in range(request.terms())]
-    if keep:
-        sides = {"auto": torch.sym_min(samples, dimensions), "gram": samples, "feature": dimensions}
-        side = sides.get(request.covariance, 0)
-        row = (count, 1, dimensions)
-        shapes = {"centered": shape, "slope": shape, "inner": (count, side, side)}
-        outputs += [like.new_empty(shapes.get(f, row)) for f in _evaluate.residue_fields(request)]
-    return outputs
+    return outputs + backend(request).residue(request, views) if keep else outputs
 
 
 @torch.library.custom_op("vicreg_losses::gradient", mutates_args=())
@@ -120,6 +130,8 @@ def _gradient_op(
     residue: list[Tensor],
     upstream: list[Tensor],
     asked: list[bool],
+    views: list[Tensor],
+    dtype: torch.dtype,
     variance: str,
     center: bool,
     covariance: str,
@@ -130,19 +142,30 @@ def _gradient_op(
     knots: int,
     t_max: float,
     impl: str,
+    parts: int,
 ) -> Tensor:
     request = Request(
-        variance, center, covariance, sketch, gamma, eps, quantiles, knots, t_max, impl
+        variance, center, covariance, sketch, gamma, eps, quantiles, knots, t_max, impl, parts
     )
     present = iter(upstream)
     spread = [next(present) if there else None for there in asked]
     batch = (shape[0], shape[1], shape[2])
-    return _evaluate.gradient(request, batch, values, residue, spread).contiguous()
+    result = backend(request).gradient(request, batch, values, residue, spread, views, dtype)
+    return result.contiguous()
 
 
 @_gradient_op.register_fake
-def _(shape: list[int], values: list[Tensor], *rest: object) -> Tensor:
-    return values[0].new_empty(shape)
+def _(
+    shape: list[int],
+    values: list[Tensor],
+    residue: list[Tensor],
+    upstream: list[Tensor],
+    asked: list[bool],
+    views: list[Tensor],
+    dtype: torch.dtype,
+    *options: str | bool | float | int,
+) -> Tensor:
+    return values[0].new_empty(shape, dtype=dtype)
 
 
 def _draw(seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int) -> Tensor:

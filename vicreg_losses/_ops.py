@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import _compat, _opaque
 from ._dispatch import resolve
-from ._evaluate import Request, batch_shape, computing_dtype, finite_scale, full_precision
+from ._evaluate import finite_scale, full_precision
+from ._request import Request, batch_shape, computing_dtype, gradient_dtype
 from ._torch import energy
 
 
@@ -34,7 +35,7 @@ def regularizers(
     Returns:
         0-dim tensors, float32, or float64 if a view is.
     """
-    resolve(request.impl)
+    request = resolve(request, views)
     if _is_differentiated(views):
         function = _EagerRegularizers if _in_plain_eager() else _Regularizers
         outputs: tuple[Tensor, ...] = function.apply(request, directions, *views)
@@ -83,7 +84,13 @@ class _Regularizers(torch.autograd.Function):
         saved = ctx.saved_tensors
         outputs, views = saved[: -ctx.view_count], saved[-ctx.view_count :]
         gradient = _opaque.gradient(
-            request, ctx.shape, outputs[:count], outputs[count:], upstream[:count]
+            request,
+            ctx.shape,
+            outputs[:count],
+            outputs[count:],
+            upstream[:count],
+            views,
+            gradient_dtype(views),
         )
         single = len(views) == 1
         gradients = [gradient.view(views[0].shape)] if single else gradient.unbind(0)

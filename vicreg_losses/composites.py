@@ -4,12 +4,13 @@
 up with ``total``. The statistics pass is shared by all regularizers of a composite.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from . import _checks, _ops, functional
-from ._evaluate import Request, batch_shape
+from ._request import Request, batch_shape
 from .functional import Embeddings
 from .modules import Loss, SlicedLoss
 
@@ -38,6 +39,12 @@ class LeJEPATerms(NamedTuple):
 
     invariance: Tensor
     sketch: Tensor
+
+
+def _invariance(loss: Loss, views: Sequence[Tensor], **options: Any) -> Tensor:
+    """The invariance term: element-wise, so there are no kernels of it that a user could name."""
+    common = {**loss._common(), "impl": "auto"}
+    return functional.invariance_loss(views, **options, **common)
 
 
 def _weighted(terms: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
@@ -94,7 +101,7 @@ class VICRegLoss(Loss):
     def terms(self, *views: Embeddings) -> VICRegTerms:
         """The terms, without their coefficients; each can be differentiated."""
         tensors = self._float_views(views, "VICRegLoss")
-        invariance = functional.invariance_loss(tensors, **self._common())
+        invariance = _invariance(self, tensors)
         _checks.warn_of_unit_norm("VICRegLoss", tensors, self.gamma)
         variance, covariance = _ops.regularizers(self._request(), tensors)
         return VICRegTerms(invariance, variance, covariance * batch_shape(tensors)[0])
@@ -144,7 +151,7 @@ class VISRegLoss(SlicedLoss):
         self.weight, self.scale, self.shape, self.center = weight, scale, shape, center
         for name in ("scale", "shape", "center"):
             _checks.real(name, getattr(self, name))
-        functional.invariance_options("center", num_global, self.impl)
+        functional.invariance_options("center", num_global, "auto")
         self.num_global, self.quantiles = num_global, quantiles
         self._request()
 
@@ -165,9 +172,7 @@ class VISRegLoss(SlicedLoss):
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> VISRegTerms:
         """The terms, without their weights; each can be differentiated."""
         tensors = self._float_views(views, "VISRegLoss")
-        invariance = functional.invariance_loss(
-            tensors, form="center", num_global=self.num_global, **self._common()
-        )
+        invariance = _invariance(self, tensors, form="center", num_global=self.num_global)
         _checks.warn_of_unit_norm("VISRegLoss", tensors)
         w = self.directions_for(tensors, directions)
         scale, center, shape = _ops.regularizers(self._request(), tensors, w)
@@ -214,7 +219,7 @@ class LeJEPALoss(SlicedLoss):
     ) -> None:
         super().__init__(num_slices, seed, **common)
         _checks.fraction("weight", weight)
-        functional.invariance_options("center", num_global, self.impl)
+        functional.invariance_options("center", num_global, "auto")
         self.weight, self.num_global, self.knots, self.t_max = weight, num_global, knots, t_max
         self._request()
 
@@ -228,9 +233,7 @@ class LeJEPALoss(SlicedLoss):
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> LeJEPATerms:
         """The terms, without their weights; each can be differentiated."""
         tensors = self._float_views(views, "LeJEPALoss")
-        invariance = functional.invariance_loss(
-            tensors, form="center", num_global=self.num_global, **self._common()
-        )
+        invariance = _invariance(self, tensors, form="center", num_global=self.num_global)
         _checks.warn_of_unit_norm("LeJEPALoss", tensors)
         w = self.directions_for(tensors, directions)
         return LeJEPATerms(invariance, _ops.regularizers(self._request(), tensors, w)[0])

@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _checks, _opaque, _ops, distributed
-from ._dispatch import resolve
-from ._evaluate import Request, batch_shape, computing_dtype
+from ._dispatch import check
+from ._request import Request, batch_shape, computing_dtype
 
 __all__ = [
     "center_loss",
@@ -118,7 +118,7 @@ def center_loss(
     Raises:
         TypeError, ValueError, RuntimeError: see the module's conventions.
     """
-    resolve(impl)
+    check(impl)
     request = Request(center=True, impl=impl)
     views = checked(z, gather_distributed, process_group, reduction)
     return _ops.regularizers(request, views)[0]
@@ -278,7 +278,7 @@ def invariance_loss(
 def invariance_options(form: str, num_global: int | None, impl: str) -> None:
     """Check the options of :func:`invariance_loss`."""
     _checks.one_of("form", form, ("pairwise", "center"))
-    resolve(impl)
+    check(impl, kernels=False)
     if num_global is not None:
         _checks.integer("num_global", num_global, 1)
         if form == "pairwise":
@@ -290,14 +290,14 @@ def variance_request(gamma: float, eps: float, form: str, impl: str) -> Request:
     _checks.one_of("form", form, ("hinge", "squared"))
     _checks.real("gamma", gamma)
     _checks.real("eps", eps)
-    resolve(impl)
+    check(impl)
     return Request(variance=form, gamma=float(gamma), eps=float(eps), impl=impl)
 
 
 def covariance_request(strategy: str, impl: str) -> Request:
     """Check the options of :func:`covariance_loss`."""
     _checks.one_of("strategy", strategy, ("auto", "gram", "feature"))
-    resolve(impl)
+    check(impl)
     return Request(covariance=strategy, impl=impl)
 
 
@@ -307,7 +307,7 @@ def sketch_request(statistic: str, quantiles: str, knots: int, t_max: float, imp
     _checks.one_of("quantiles", quantiles, ("paper", "exact"))
     _checks.integer("knots", knots, 2)
     _checks.real("t_max", t_max, positive=True)
-    resolve(impl)
+    check(impl, kernels=False)
     return Request(
         sketch=statistic, quantiles=quantiles, knots=knots, t_max=float(t_max), impl=impl
     )

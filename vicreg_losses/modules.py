@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, _opaque, functional
-from ._evaluate import computing_dtype
+from ._request import computing_dtype
 from .functional import Embeddings, Group
 
 __all__ = ["CovarianceLoss", "InvarianceLoss", "SlicedSketchLoss", "VarianceLoss"]

@@ -1,0 +1,54 @@
+"""What is asked of the regularizers, and of which batch: shared by both implementations."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Request(NamedTuple):
+    """Which regularizers to evaluate; an empty string or ``False`` leaves a term out."""
+
+    variance: str = ""  # "hinge" | "squared"
+    center: bool = False
+    covariance: str = ""  # "auto" | "gram" | "feature"
+    sketch: str = ""  # "wasserstein" | "epps_pulley"
+    gamma: float = 1.0
+    eps: float = 1e-4
+    quantiles: str = "paper"  # "paper" | "exact"
+    knots: int = 17
+    t_max: float = 3.0
+    impl: str = "auto"  # "triton" only where that was decided
+    parts: int = 0  # of Triton's operands: 16-bit numbers for each element
+
+    def terms(self) -> int:
+        """Number of terms asked for."""
+        return bool(self.variance) + self.center + bool(self.covariance) + bool(self.sketch)
+
+
+def uses_gram(request: Request, samples: int, dimensions: int) -> bool:
+    """Whether the covariance is served by the N x N product."""
+    return samples < dimensions if request.covariance == "auto" else request.covariance == "gram"
+
+
+def computing_dtype(views: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any view is; else float32, whatever is stored."""
+    for view in views:
+        if view.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def gradient_dtype(views: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the views where they share one, else the computing dtype."""
+    same = all(view.dtype == views[0].dtype for view in views)
+    return views[0].dtype if same else computing_dtype(views)
+
+
+def batch_shape(views: Sequence[Tensor]) -> tuple[int, int, int]:
+    """(V, N, D)."""
+    shape = views[0].shape
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    return len(views), shape[0], shape[1]
