@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check gate bench clean
 
 demo: $(VENV)/.ready  ## train on real digits: collapse, VICReg and VISReg side by side
 	$(BIN)/python examples/pretrain.py $(ARGS)
@@ -15,6 +15,9 @@ check: $(VENV)/.ready  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gate: $(VENV)/.ready  ## compile every kernel for every chip, without a GPU
+	$(BIN)/python -m benchmarks.compile_gate $(ARGS)
 
 bench: $(VENV)/.ready  ## ratios to the published formulas
 	$(BIN)/python -m benchmarks --quick $(ARGS)

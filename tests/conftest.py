@@ -9,6 +9,9 @@ from hypothesis import settings
 
 # Deterministic mode needs this on CUDA, before the first cuBLAS call.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Triton's kernels run on CPU tensors then; it is read when they are first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # One thread: the tensors are small, and on a busy machine OpenMP threads that wait for each other's
 # cores are ten times slower than one alone. The tests of threaded code ask for `two_threads`.
 torch.set_num_threads(1)

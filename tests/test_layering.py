@@ -21,14 +21,24 @@ ARROWS: dict[str, set[str]] = {
     "_slices": set(),
     "_sort": {"_parallel"},
     "_torch": {"_parallel", "_sort"},
-    "_dispatch": {"_checks", "_torch", "kernels"},
-    "_evaluate": {"_dispatch", *PRIMITIVES},
-    "_opaque": {"_compat", "_evaluate", "_dispatch", *PRIMITIVES},
-    "distributed": {"_checks", "_evaluate", "_dispatch", *PRIMITIVES},
-    "_ops": {"_compat", "_opaque", "_evaluate", "_dispatch", "distributed", *PRIMITIVES},
-    "functional": {"_checks", "_dispatch", "_evaluate", "_opaque", "_ops", "distributed"},
-    "modules": {"_checks", "_evaluate", "_opaque", "functional"},
-    "composites": {"_checks", "_evaluate", "_ops", "functional", "modules"},
+    "_request": set(),
+    "_evaluate": {"_request", *PRIMITIVES},
+    "_fused": {"_request", "kernels"},
+    "_dispatch": {"_checks", "_compat", "_request", "_evaluate", "_fused", "kernels"},
+    "_opaque": {"_compat", "_request", "_dispatch", "_slices"},
+    "distributed": {"_checks", "_request", "_evaluate", "_dispatch", *PRIMITIVES},
+    "_ops": {
+        "_compat",
+        "_opaque",
+        "_request",
+        "_evaluate",
+        "_dispatch",
+        "distributed",
+        *PRIMITIVES,
+    },
+    "functional": {"_checks", "_dispatch", "_request", "_opaque", "_ops", "distributed"},
+    "modules": {"_checks", "_request", "_opaque", "functional"},
+    "composites": {"_checks", "_request", "_ops", "functional", "modules"},
     "diagnostics": {"_checks"},
     "__init__": {"composites", "diagnostics", "distributed", "functional", "modules"},
 }
@@ -90,7 +100,7 @@ def test_dependencies(name: str) -> None:
     assert tops(sources()[name]) - {"vicreg_losses"} <= FOREIGN.get(name, {"torch"})
 
 
-@pytest.mark.parametrize("name", sorted(PRIMITIVES | {"_evaluate"}))
+@pytest.mark.parametrize("name", sorted(PRIMITIVES | {"_evaluate", "_fused"}))
 def test_primitives_know_no_autograd_and_no_collectives(name: str) -> None:
     path = sources()[name]
     assert not any("distributed" in imported for imported, _ in imports(path))
