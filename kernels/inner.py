@@ -73,9 +73,9 @@ def _inner_kernel(
     """Half of a symmetric product, its energy, and the value of the covariance term.
 
     The work of all views is one line of ``views * tiles * steps`` steps, and program p takes those
-    from ``p span`` on. A tile that one program has whole is finished there; of a tile that several
-    share, each leaves its piece in the workspace, and the last to come adds the pieces in the order
-    of the line, so the result does not depend on who came last. The last tile ends the value.
+    from ``p span`` on. If tiles are shared, each leaves its piece of a tile in the workspace, and
+    the last to come adds the pieces in the order of the line, so the result does not depend on who
+    came last. The last tile ends the value.
 
     Args:
         x_ptr: (PARTS, V, ...), rows along the side of the result, depth along the contraction.
@@ -99,8 +99,6 @@ def _inner_kernel(
         row = (block_row * RATIO + local % RATIO) * ROWS
         column = block_column * COLUMNS
         line = tl.cast(tile, tl.int64) * steps
-        head = (line // span).to(tl.int32)  # the first and the last program that work on the tile
-        tail = ((line + steps - 1) // span).to(tl.int32)
         first = tl.maximum(begin - line, 0)
         some = (tl.minimum(end - line, steps) - first).to(tl.int32)
         depth = first * DEPTH + tl.arange(0, DEPTH)
@@ -114,31 +112,31 @@ def _inner_kernel(
             a, b, part_stride, part_stride, advance, advance, some, ROWS, COLUMNS, PARTS
         )
 
-        whole = some == steps
-        if SHARED and some < steps:
-            slot = 2 * program + (first == 0).to(tl.int32)
+        whole = True
+        if SHARED:
+            slot = (2 * program + (first == 0).to(tl.int32)) * PIECES
             for p in tl.static_range(PIECES):
-                tl.store(
-                    _piece(workspace_ptr, slot * PIECES, p, ROWS, WIDTH), columns(total, p, PIECES)
-                )
+                tl.store(_piece(workspace_ptr, slot, p, ROWS, WIDTH), columns(total, p, PIECES))
+            head = (line // span).to(tl.int32)  # the first and the last program of the tile
+            tail = ((line + steps - 1) // span).to(tl.int32)
             whole = is_last(ticket_ptr + 1 + tile, tail - head + 1)
         if whole:
             energy = 0.0
             for p in tl.static_range(PIECES):
-                piece = columns(total, p, PIECES)
-                if SHARED and some < steps:
+                if SHARED:
                     piece = tl.zeros([ROWS, WIDTH], tl.float32)
                     for other in range(head, tail + 1):
-                        slot = 2 * other + (tl.cast(other, tl.int64) * span <= line).to(tl.int32)
-                        piece += tl.load(
-                            _piece(workspace_ptr, slot * PIECES, p, ROWS, WIDTH),
-                            cache_modifier=".cg",
-                        )
+                        starts_here = tl.cast(other, tl.int64) * span <= line
+                        slot = (2 * other + starts_here.to(tl.int32)) * PIECES
+                        place = _piece(workspace_ptr, slot, p, ROWS, WIDTH)
+                        piece += tl.load(place, cache_modifier=".cg")
+                else:
+                    piece = columns(total, p, PIECES)
                 i = row + tl.arange(0, ROWS)
                 j = column + p * WIDTH + tl.arange(0, WIDTH)
                 if not GRAM:
                     piece = tl.where(i[:, None] == j[None, :], 0.0, piece)
-                energy += tl.sum(tl.sum(piece * piece, 1), 0)
+                energy += tl.sum(piece * piece)
                 if KEEP:
                     kept = piece * tl.load(scales_ptr + 4 * view + 1).to(tl.float32)
                     high = kept.to(tl.float16)
