@@ -41,6 +41,8 @@ CHIPS = {
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 # One of each class of block shapes: tiny, both forms small, split, and large.
 SHAPES = [
+    (1, 40, 1),  # sizes of 1 are compile-time constants
+    (1, 2, 3),
     (2, 40, 24),
     (1, 256, 8192),
     (1, 4096, 256),
@@ -77,7 +79,7 @@ class Variant:
     @property
     def label(self) -> str:
         """What tells it from others."""
-        flags = {name: value for name, value in self.constants if name.isupper()}
+        flags = {name: value for name, value in self.constants if name.isupper() and name != "AMD"}
         tile = [str(flags.pop(name)) for name in ("ROWS", "COLUMNS", "DEPTH") if name in flags]
         rest = [f"{name.lower()}={int(value)}" for name, value in flags.items() if name != "BAND"]
         types = {dict(self.signature).get(name) for name in ("z_ptr", "out_ptr")} - {None}
@@ -206,6 +208,8 @@ def compiled(variant: Variant) -> Compiled:
     products_in = TENSOR_CORES[variant.chip]
     used = len(re.findall(rf"\b{products_in}\w*", text))
     faults = []
+    if variant.chip.startswith("gfx") and not _writes_are_awaited(text):
+        faults.append("a ticket is taken before all threads have waited for their writes")
     if spilled or local:
         faults.append(f"spills {spilled} B, local memory {local} B")
     if shared > launch.SHARED[variant.chip]:
@@ -223,6 +227,21 @@ def compiled(variant: Variant) -> Compiled:
         used,
         tuple(faults),
     )
+
+
+def _writes_are_awaited(text: str) -> bool:
+    """Whether, in AMD's code, a wait and a barrier are between each write and the next ticket."""
+    awaited = passed = True
+    for line in text.splitlines():
+        if "global_store" in line:
+            awaited = passed = False
+        elif "s_waitcnt vmcnt(0)" in line:
+            awaited = True
+        elif "s_barrier" in line:
+            passed = awaited
+        elif "global_atomic_add" in line and not passed:
+            return False
+    return True
 
 
 def _disassembled(cubin: bytes) -> tuple[str, int, int]:
@@ -248,7 +267,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--json", type=Path, default=None, help="also write the table here")
     options = parser.parse_args()
-    shapes = SHAPES[2:3] if options.quick else SHAPES
+    shapes = SHAPES[:1] + SHAPES[4:5] if options.quick else SHAPES
     work = [v for chip in options.chip or CHIPS for v in variants(chip, shapes)]
     with ProcessPoolExecutor(options.jobs) as pool:
         results = list(pool.map(compiled, work, chunksize=4))

@@ -15,11 +15,9 @@ from torch import Tensor
 from . import launch
 from .device import inverse, is_last, power_of_two
 from .moments import Columns
-from .plan import round_up
+from .plan import STRIP, round_up
 
 _FORMS = {"": 0, "hinge": 1, "squared": 2}
-# Rows up to which one program takes a whole column; above, roundings average out.
-_ONE_PROGRAM = 512
 
 
 @triton.jit
@@ -70,7 +68,7 @@ def _finish_terms(
             tl.store(scales_ptr + 4 * view + 1, inner_scale.to(tl.float64))
             tl.store(scales_ptr + 4 * view + 2, inverse(inner_scale).to(tl.float64))
             tl.store(scales_ptr + 4 * view + 3, surplus)
-    share = 1.0 / (views * dimensions.to(tl.float32))
+    share = 1.0 / (views * tl.cast(dimensions, tl.float32))
     tl.store(variance_ptr, (variance * share).to(tl.float32))
     tl.store(center_ptr, (center * share).to(tl.float32))
 
@@ -91,6 +89,7 @@ def _center_kernel(
     partial_ptr,
     reach_ptr,
     ticket_ptr,
+    rounded_ptr,
     sums_ptr,
     statistics_ptr,
     scales_ptr,
@@ -114,22 +113,22 @@ def _center_kernel(
     VARIANCE: tl.constexpr,
     PARTS: tl.constexpr,
     GRAM: tl.constexpr,
-    ROUNDED: tl.constexpr,
+    AMD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Merge the splits of a strip, write its columns of X, and finish the terms.
 
-    The first program of a strip has the terms, the others have rows of X.
-
-    The Gram form takes the diagonal off a sum over X; with ROUNDED, where one program has a whole
-    column, it is the diagonal of the rounded X, so that what is taken off is what was put in.
+    Each program writes some rows; the last of a strip finishes its statistics, and the last of all
+    the terms. The Gram form takes the diagonal off a sum over the rounded X, so it is the diagonal
+    of the rounded X: what is taken off is what was put in.
 
     Args:
         z_ptr: (V, N, D), any strides; read if PARTS.
         pivot_ptr, partial_ptr, reach_ptr: from ``_moments_kernel``; ``splits`` of them, and
             ``reaches`` distances a view.
-        ticket_ptr: the first ticket.
+        ticket_ptr: (1 + V strips,), zeros.
+        rounded_ptr: scratch of the Gram form, (V, programs of a strip, D): sums of squares of X.
         sums_ptr: scratch, (V, 5, strips), float64.
         statistics_ptr: out, (V, 4, D).
         scales_ptr: out, (V, 4), float64.
@@ -162,9 +161,12 @@ def _center_kernel(
     offset /= samples
     pivot = tl.load(pivot_ptr + view.to(tl.int64) * dimensions + d, mask=inside, other=0)
 
-    rounded = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if PARTS and (ROUNDED or split > 0):
-        begin = 0 if ROUNDED else (split - 1) * cast_rows
+    programs = tl.num_programs(1)
+    if GRAM:
+        rounded_ptr += view.to(tl.int64) * programs * dimensions
+    if PARTS:
+        rounded = tl.zeros([ROWS, COLUMNS], tl.float32)
+        begin = split * cast_rows
         end = tl.minimum(begin + cast_rows, padded_samples)
         column_ptr = z_ptr + view.to(tl.int64) * view_stride + d.to(tl.int64) * dimension_stride
         for start in range(begin, end, ROWS):
@@ -178,12 +180,17 @@ def _center_kernel(
             fits = (n < end)[:, None] & (d < padded_dimensions)[None, :]
             out = centered_ptr + place + d[None, :]
             tl.store(out, high, mask=fits)
+            kept = high.to(tl.float32)
             if PARTS == 2:
-                tl.store(out + part_stride, (x - high.to(tl.float32)).to(tl.float16), mask=fits)
-            if ROUNDED:
-                rounded += high.to(tl.float32) * high.to(tl.float32)
+                low = (x - kept).to(tl.float16)
+                tl.store(out + part_stride, low, mask=fits)
+                kept += low.to(tl.float32)
+            rounded += kept * kept
+        if GRAM:
+            row = rounded_ptr + split.to(tl.int64) * dimensions
+            tl.store(row + d, tl.sum(rounded, 0), mask=inside)
 
-    if split == 0:
+    if is_last(ticket_ptr + 1 + view * strips + strip, programs, AMD):
         squares = tl.zeros([COLUMNS], tl.float32)
         for first in range(0, splits, 16):
             place, weight, there = _splits(first, d, splits, split_rows, samples, dimensions)
@@ -202,8 +209,13 @@ def _center_kernel(
             slope = tl.where(std == 0, 0.0, distance / tl.where(std == 0, 1.0, std))
             excess = distance * distance
         diagonal = squares * scale * scale
-        if ROUNDED:
-            diagonal = tl.sum(rounded, 0) + diagonal * 0
+        if GRAM:
+            diagonal = diagonal * 0  # NaN where a sample is not finite
+            for first in range(0, programs, 16):
+                other = first + tl.arange(0, 16)
+                rows = rounded_ptr + other.to(tl.int64)[:, None] * dimensions + d[None, :]
+                known = (other < programs)[:, None] & inside[None, :]
+                diagonal += tl.sum(tl.load(rows, mask=known, other=0, cache_modifier=".cg"), 0)
         statistics = statistics_ptr + view.to(tl.int64) * 4 * dimensions + d
         tl.store(statistics, pivot, mask=inside)
         tl.store(statistics + dimensions, offset, mask=inside)
@@ -222,7 +234,7 @@ def _center_kernel(
 
         if PARTS and strip == 0:
             tl.store(scales_ptr + 4 * view, inverse(scale).to(tl.float64))
-        if is_last(ticket_ptr, strips * views):
+        if is_last(ticket_ptr, strips * views, AMD):
             _finish_terms(
                 sums_ptr,
                 scales_ptr,
@@ -256,6 +268,11 @@ class Centered(NamedTuple):
     centered: Tensor | None
 
 
+def own_tickets(views: int, dimensions: int, padded: tuple[int, int] = (0, 0)) -> int:
+    """Zeros that :func:`center` uses up, rounded so that what follows them is aligned."""
+    return round_up(1 + views * -(-max(dimensions, padded[1]) // STRIP), 4)
+
+
 def center(
     columns: Columns,
     variance: str,
@@ -268,7 +285,7 @@ def center(
     """Finish the statistics; write the centred copy in ``parts`` (0: none) of 16 bits.
 
     Args:
-        columns: from :func:`moments`, with at least one ticket, the first of which is used up.
+        columns: from :func:`moments`, with the tickets of :func:`own_tickets`, which come first.
         variance: "hinge", "squared" or "".
         gamma: of the hinge.
         eps: of the hinge; positive.
@@ -278,9 +295,9 @@ def center(
     """
     z, pivot, partial, reach, tickets, cut = columns
     views, samples, dimensions = z.shape
-    count = -(-padded[1] // cut.columns) if parts else cut.strips
-    rounded = parts == 1 and gram and samples <= _ONE_PROGRAM
-    cast_rows = padded[0] if rounded else round_up(-(-padded[0] // cut.splits), cut.rows)
+    count = -(-max(dimensions, padded[1]) // STRIP)
+    cast_rows = round_up(-(-padded[0] // cut.splits), cut.rows)
+    programs = -(-padded[0] // cast_rows) if parts else 1
     float32 = functools.partial(z.new_empty, dtype=torch.float32)
     float64 = functools.partial(z.new_empty, dtype=torch.float64)
     result = Centered(
@@ -292,12 +309,13 @@ def center(
     )
     launch.call(
         _center_kernel,
-        (count, 1 if rounded or not parts else 1 + -(-padded[0] // cast_rows), views),
+        (count, programs, views),
         z,
         pivot,
         partial,
         reach,
         tickets,
+        float32((views, programs, dimensions)) if gram else None,
         float64((views, 5, count)),
         result.statistics,
         result.scales,
@@ -318,7 +336,7 @@ def center(
         VARIANCE=_FORMS[variance],
         PARTS=parts,
         GRAM=gram,
-        ROUNDED=rounded,
+        AMD=launch.is_amd(z.device),
         registers=96,  # not to be limited to fewer by an occupancy that it does not need
         ROWS=cut.rows,
         COLUMNS=cut.columns,

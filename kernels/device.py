@@ -23,12 +23,17 @@ def inverse(power):
 
 
 @triton.jit
-def is_last(ticket_ptr, programs):
+def is_last(ticket_ptr, programs, AMD: tl.constexpr):
     """Whether this program is the last of so many that asks; what the others wrote is then visible.
 
     The first barrier puts the writes of all threads before the one thread's release, the second
-    its acquire before the reads of all threads. Sums of integers have no order to depend on.
+    its acquire before the reads of all threads; AMD's does not wait for writes, so that is asked of
+    every thread. Sums of integers have no order to depend on.
     """
+    if AMD:
+        wait: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1"
+        constraints: tl.constexpr = "=v,v,~{memory}"
+        tl.inline_asm_elementwise(wait, constraints, [tl.arange(0, 64)], tl.int32, False, 1)
     tl.debug_barrier()
     before = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()

@@ -64,6 +64,7 @@ def _inner_kernel(
     GRAM: tl.constexpr,
     KEEP: tl.constexpr,
     SHARED: tl.constexpr,
+    AMD: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -119,7 +120,7 @@ def _inner_kernel(
                 tl.store(_piece(workspace_ptr, slot, p, ROWS, WIDTH), columns(total, p, PIECES))
             head = (line // span).to(tl.int32)  # the first and the last program of the tile
             tail = ((line + steps - 1) // span).to(tl.int32)
-            whole = is_last(ticket_ptr + 1 + tile, tail - head + 1)
+            whole = is_last(ticket_ptr + 1 + tile, tail - head + 1, AMD)
         if whole:
             energy = 0.0
             for p in tl.static_range(PIECES):
@@ -154,7 +155,7 @@ def _inner_kernel(
                             tl.store(mirrored + part, low)
             # The tiles of the blocks on the diagonal hold both triangles.
             tl.store(energy_ptr + tile, tl.where(block_row == block_column, energy, 2 * energy))
-            if is_last(ticket_ptr, views * tiles):
+            if is_last(ticket_ptr, views * tiles, AMD):
                 _finish_value(energy_ptr, scales_ptr, value_ptr, views, tiles, factor)
 
 
@@ -205,6 +206,7 @@ def inner_product(
         GRAM=plan.gram,
         KEEP=keep,
         SHARED=plan.is_shared,
+        AMD=launch.is_amd(x.device),
         PARTS=plan.parts,
         ROWS=blocks.rows,
         COLUMNS=blocks.columns,

@@ -22,6 +22,8 @@ class Target(NamedTuple):
     shared: int
 
 
+# Their matrix instructions take small 16-bit numbers for 0.
+REFUSED = ("gfx908", "gfx90a")
 # Most shared memory of a program, in bytes.
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
@@ -43,6 +45,11 @@ def _accelerator(index: int) -> Target:
         arch = f"sm_{properties.major}{properties.minor}"
         shared = getattr(properties, "shared_memory_per_block_optin", SHARED.get(arch, 101376))
     return Target(arch, properties.multi_processor_count, shared)
+
+
+def is_amd(device: torch.device) -> bool:
+    """Whether the chip is one of AMD's."""
+    return target(device).arch.startswith("gfx")
 
 
 def is_interpreted(kernel: Any) -> bool:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from .launch import Target
 
+Shape = tuple[int, int, int]  # (V, N, D)
+
 
 class Blocks(NamedTuple):
     """Shape of the work of one program of a matrix product.
@@ -87,6 +89,9 @@ def even_span(target: Target, tiles: int, steps: int) -> int:
     return max(-(-tiles * steps // target.processors), math.isqrt(steps))
 
 
+STRIP = 64  # columns
+
+
 class Strips(NamedTuple):
     """How the elementwise passes cut (N, D): columns by strips, rows by splits.
 
@@ -109,12 +114,12 @@ class Strips(NamedTuple):
 
 def strips(target: Target, views: int, samples: int, dimensions: int) -> Strips:
     """Enough programs for eight on each processor, where the batch has as many."""
-    rows, columns = 32, 64
-    count = -(-dimensions // columns)
+    rows = 32
+    count = -(-dimensions // STRIP)
     wanted = -(-8 * target.processors // (views * count))
     splits = max(1, min(128, wanted, -(-samples // (2 * rows))))
     split_rows = rows * -(-samples // (rows * splits))
-    return Strips(columns, rows, count, -(-samples // split_rows), split_rows, 4)
+    return Strips(STRIP, rows, count, -(-samples // split_rows), split_rows, 4)
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -159,18 +164,31 @@ class Plan(NamedTuple):
         return self.span % self.steps != 0
 
 
-def plan(target: Target, shape: tuple[int, int, int], gram: bool, parts: int) -> Plan:
+def plan(target: Target, shape: Shape, gram: bool, parts: int) -> Plan:
     """Choose the blocks and the split of the inner product for a batch (V, N, D)."""
+    return cut(target, shape, gram, parts, *blocks(target, shape, gram, parts))
+
+
+def blocks(target: Target, shape: Shape, gram: bool, parts: int) -> tuple[Blocks, Blocks]:
+    """Block shapes of the inner product and of the gradient."""
     views, samples, dimensions = shape
     side, depth = (samples, dimensions) if gram else (dimensions, samples)
     inner = inner_blocks(target, parts, views, side, depth)
-    gradient = gradient_blocks(target, parts, views, samples, dimensions)
-    return cut(target, shape, gram, parts, inner, gradient)
+    return inner, gradient_blocks(target, parts, views, samples, dimensions)
+
+
+def padding(gram: bool, shape: Shape, inner: Blocks, gradient: Blocks) -> tuple[int, int]:
+    """N and D of the operands: whole tiles and steps, so that the products need no masks."""
+    across = max(inner.columns, gradient.depth)  # of the side of the inner product
+    along = inner.depth  # of the other one
+    rows = max(gradient.rows, across if gram else along)
+    columns = max(gradient.columns, round_up(64, along if gram else across))
+    return round_up(shape[1], rows), round_up(shape[2], columns)
 
 
 def cut(
     target: Target,
-    shape: tuple[int, int, int],
+    shape: Shape,
     gram: bool,
     parts: int,
     inner: Blocks,
@@ -178,18 +196,14 @@ def cut(
     span: int | None = None,
 ) -> Plan:
     """A plan with given blocks, and a given number of steps for each program."""
-    views, samples, dimensions = shape
-    across = max(inner.columns, gradient.depth)  # of the side of the inner product
-    along = inner.depth  # of the other one
-    rows = max(gradient.rows, across if gram else along)
-    columns = max(gradient.columns, round_up(64, along if gram else across))
-    padded = round_up(samples, rows), round_up(dimensions, columns)
+    padded = padding(gram, shape, inner, gradient)
     side, depth = padded if gram else padded[::-1]
-    blocks = side // inner.columns
-    tiles = inner.columns // inner.rows * (blocks * (blocks + 1) // 2)
+    count = side // inner.columns
+    tiles = inner.columns // inner.rows * (count * (count + 1) // 2)
     steps = depth // inner.depth
+    total = shape[0] * tiles
     if span is None:
-        span = even_span(target, views * tiles, steps)
-    programs = -(-views * tiles * steps // span)
-    tickets = 1 + (views * tiles if span % steps else 0)
+        span = even_span(target, total, steps)
+    programs = -(-total * steps // span)
+    tickets = 1 + (total if span % steps else 0)
     return Plan(gram, parts, inner, gradient, padded, tiles, steps, span, programs, tickets)

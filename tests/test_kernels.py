@@ -4,14 +4,13 @@ On a CPU they run in Triton's interpreter (conftest asks for it), on a CUDA devi
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import oracles
 import pytest
 import torch
 from oracles import Loss, Term, error, float32_errors, truth, value_and_grad
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -120,6 +119,33 @@ def test_scale_is_only_an_exponent(scale: float, shape: tuple[int, int, int]) ->
     for actual, expected, degree in zip(scaled, plain, (4, 3), strict=True):
         wide = expected.double() * factor**degree
         assert torch.equal(actual, wide.float()) or wide.abs().max() < 1e-36
+
+
+@pytest.mark.parametrize("shape", [(1, 200, 260), (1, 30, 260)], ids=str)
+def test_gram_form_of_dominant_columns(shape: tuple[int, int, int], precision: str) -> None:
+    """The diagonal is nearly all, and what is taken off must be what was put in."""
+    spread = torch.arange(1, shape[2] + 1, dtype=torch.float64) ** -1
+    z = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).double() * spread).float()
+    z = z.to(DEVICE)
+    assert off_diagonal_share(z) < 0.1
+    loss = kernels(oracles.covariance_term("gram"))
+    value, gradient = value_and_grad(loss, z)
+    true_value, true_gradient = truth(oracles.covariance, z)
+    # The loss at a point that is an operand's rounding away; float32 sums divide by the share.
+    operand = 2.0 ** (-11 * (2 if precision == "highest" else 1))
+    sums = 4 * 2.0**-24 * math.sqrt(shape[2]) / off_diagonal_share(z)
+    assert error(value, true_value) <= 4 * operand + sums
+    assert error(gradient, true_gradient) <= 4 * operand + sums
+
+
+def test_views_with_a_lazy_sign() -> None:
+    """PyTorch may keep a minus sign beside the memory, which is what a kernel reads."""
+    z = torch.randn(12, 20, dtype=torch.cfloat, device=DEVICE).conj().imag.detach()
+    assert z.is_neg()
+    for term in (TERMS[0], TERMS[-1], COVARIANCES[0]):
+        expected = value_and_grad(kernels(term), z.clone())
+        for actual, other in zip(value_and_grad(kernels(term), z), expected, strict=True):
+            assert torch.equal(actual, other)
 
 
 @pytest.mark.parametrize("offset", [1e3, 1e6])
@@ -293,56 +319,3 @@ def test_no_gradient_keeps_nothing() -> None:
     value = functional.covariance_loss(z, impl="triton")
     assert not value.requires_grad
     assert torch.equal(value, functional.covariance_loss(z.requires_grad_(), impl="triton"))
-
-
-TRANSFORMS: dict[str, Callable[[Loss], Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
-    "func.grad": lambda loss: lambda z: torch.func.grad_and_value(loss)(z)[::-1],
-    "checkpoint": lambda loss: (
-        lambda z: value_and_grad(lambda leaf: checkpoint(loss, leaf, use_reentrant=False), z)
-    ),
-    "compile": lambda loss: (
-        lambda z: value_and_grad(torch.compile(loss, fullgraph=True, backend="aot_eager"), z)
-    ),
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
-@pytest.mark.parametrize("shape", [(2, 12, 20), (2, 20, 12)], ids=str)
-def test_transforms_give_the_eager_result(
-    transform: Callable[[Loss], Callable[[Tensor], tuple[Tensor, Tensor]]],
-    shape: tuple[int, int, int],
-) -> None:
-    torch.compiler.reset()
-    z = data(shape, torch.float32)
-    for term in (TERMS[0], TERMS[-1], COVARIANCES[0]):
-        value, gradient = value_and_grad(kernels(term), z)
-        other, other_gradient = transform(kernels(term))(z)
-        assert torch.equal(value, other)
-        assert torch.equal(gradient, other_gradient)
-
-
-def test_compiled_code_follows_the_precision() -> None:
-    torch.compiler.reset()
-    z = data((1, 12, 20), torch.bfloat16).float() + 1 / 3
-    loss = kernels(COVARIANCES[0])
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    before = torch.get_float32_matmul_precision()
-    seen = []
-    try:
-        for setting in ("highest", "high", "highest"):
-            torch.set_float32_matmul_precision(setting)
-            assert torch.equal(value_and_grad(compiled, z)[1], value_and_grad(loss, z)[1])
-            seen.append(value_and_grad(compiled, z)[1])
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert not torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[0], seen[2])
-
-
-def test_compiled_code_of_any_size() -> None:
-    torch.compiler.reset()
-    loss = kernels(COVARIANCES[0])
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for samples in (12, 13, 30, 70):
-        z = data((1, samples, 20), torch.float32)
-        assert torch.equal(value_and_grad(compiled, z)[1], value_and_grad(loss, z)[1])

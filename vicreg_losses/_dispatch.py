@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _compat, _evaluate
 from ._checks import one_of
-from ._request import Request
+from ._request import Request, batch_shape
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 # Chips on which "auto" takes the kernels: those with a run under benchmarks/results/ in which every
@@ -50,9 +50,11 @@ def resolve(request: Request, views: Sequence[Tensor]) -> Request:
         if wide or request.sketch or not _is_measured(device.index or 0):
             return request
     else:
-        obstacle = _obstacle(device.type)
+        obstacle = _obstacle(device.type) or _obstacle_of_chip(device.type, device.index or 0)
         if wide:
             obstacle = "there are no kernels for float64"
+        if batch_shape(views)[0] > 65535:
+            obstacle = f"expected at most 65535 views, got {batch_shape(views)[0]}"
         if request.sketch:
             obstacle = "the sketch has no Triton kernels in this version"
         if obstacle:
@@ -83,7 +85,9 @@ def _obstacle(device_type: str) -> str:
     """Why the kernels cannot run on a kind of device; empty if they can."""
     try:
         from .kernels import inner, launch
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
         return _NOT_INSTALLED
     if device_type == "cuda":
         return ""
@@ -95,6 +99,17 @@ def _obstacle(device_type: str) -> str:
         "Triton needs a GPU; on a CPU its interpreter serves for tests, with TRITON_INTERPRET=1 in "
         "the environment before the first use"
     )
+
+
+@_compat.constant_when_compiled
+def _obstacle_of_chip(device_type: str, index: int) -> str:
+    """Why the kernels cannot run on a chip; empty if they can."""
+    from .kernels import launch
+
+    arch = launch.target(torch.device(device_type, index)).arch
+    if arch in launch.REFUSED or (arch.startswith("sm_") and int(arch[3:]) < 80):
+        return f"the kernels need an sm_80 (Ampere), a gfx942 (MI300) or a later chip, got {arch}"
+    return ""
 
 
 @_compat.constant_when_compiled

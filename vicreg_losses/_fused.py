@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ._request import Request, batch_shape, uses_gram
-from .kernels.centering import center
+from .kernels.centering import center, own_tickets
 from .kernels.gradient import Term, column_gradient, product_gradient
 from .kernels.inner import inner_product
 from .kernels.launch import target
 from .kernels.moments import moments
-from .kernels.plan import Plan, plan
+from .kernels.plan import Plan, blocks, padding, plan
 
 
 def evaluate(
@@ -25,7 +25,9 @@ def evaluate(
     """As :func:`._evaluate.evaluate`."""
     z = _batch(views)
     cut = _plan(request, batch_shape(views), z.device) if request.covariance else None
-    columns = moments(z, 1 + (cut.tickets if cut else 0))
+    count, _, dimensions = z.shape
+    own = own_tickets(count, dimensions, cut.padded if cut else (0, 0))
+    columns = moments(z, own + (cut.tickets if cut else 0))
     hinge = request.variance, request.gamma, max(request.eps, torch.finfo(torch.float32).tiny)
     if cut is None:
         centered = center(columns, *hinge)
@@ -36,7 +38,7 @@ def evaluate(
         values.append(centered.center)
     residue: list[Any] = [centered.statistics]  # tensors, if kept
     if cut is not None:
-        tickets = columns.tickets[1:]
+        tickets = columns.tickets[own:]
         value, inner = inner_product(centered, batch_shape(views), cut, tickets, keep)
         values.append(value)
         residue += [centered.scales, centered.centered, inner]
@@ -53,10 +55,12 @@ def residue(request: Request, views: Sequence[Tensor]) -> list[Tensor]:
     empty = views[0].new_empty
     kept = [empty((count, 4, dimensions), dtype=torch.float32)]
     if request.covariance:
-        cut = _plan(request, (count, samples, dimensions), views[0].device)
-        side, parts = cut.side, cut.parts
+        gram, parts = uses_gram(request, samples, dimensions), request.parts
+        shape = (count, samples, dimensions)
+        padded = padding(gram, shape, *blocks(target(views[0].device), shape, gram, parts))
+        side = padded[0] if gram else padded[1]
         kept.append(empty((count, 4), dtype=torch.float64))
-        kept.append(empty((parts, count, *cut.padded), dtype=torch.float16))
+        kept.append(empty((parts, count, *padded), dtype=torch.float16))
         kept.append(empty((parts, count, side, side), dtype=torch.float16))
     return kept
 
@@ -81,7 +85,7 @@ def gradient(
     }
     asked = [name for name in factors if getattr(request, name)]
     terms: dict[str, Term] = {
-        name: (up, value, factors[name])
+        name: (up.resolve_neg(), value, factors[name])
         for name, up, value in zip(asked, upstream, values, strict=True)
         if up is not None
     }
@@ -102,7 +106,8 @@ def _batch(views: Sequence[Tensor]) -> Tensor:
     """The views as one (V, N, D) tensor, of their own dtype where they share one."""
     if len(views) > 1:
         return torch.stack(views)  # type: ignore[arg-type]
-    return views[0] if views[0].dim() == 3 else views[0].unsqueeze(0)
+    z = views[0].resolve_neg()  # a kernel reads memory
+    return z if z.dim() == 3 else z.unsqueeze(0)
 
 
 def _plan(request: Request, shape: tuple[int, int, int], device: torch.device) -> Plan:

@@ -24,6 +24,9 @@ def evaluate(
 ) -> list[Tensor]:
     """``evaluate`` of the implementation, through the operator where that is needed."""
     if _has_data(views):
+        if request.impl == "triton" and _compat.in_transform():
+            with _compat.outside_transforms():
+                return backend(request).evaluate(request, _plain(views), directions, keep)
         return backend(request).evaluate(request, views, directions, keep)
     return _evaluate_op(list(views), directions, keep, *request)
 
