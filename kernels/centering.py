@@ -337,7 +337,7 @@ def center(
         PARTS=parts,
         GRAM=gram,
         AMD=launch.is_amd(z.device),
-        registers=96,  # not to be limited to fewer by an occupancy that it does not need
+        registers=128,  # not to be limited to fewer by an occupancy that it does not need
         ROWS=cut.rows,
         COLUMNS=cut.columns,
         num_warps=cut.warps,

@@ -256,6 +256,7 @@ def product_gradient(
         COLUMNS=blocks.columns,
         DEPTH=blocks.depth,
         BAND=8,
+        registers=255,  # all there are
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
