@@ -213,6 +213,17 @@ def test_non_finite_input_shows_in_value_and_gradient(
         assert not gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@numpy_may_warn
+def test_non_finite_input_shows_where_the_covariance_is_nothing(bad: float) -> None:
+    """Of one dimension only the diagonal is there, and that is left out."""
+    z = data((2, 20, 1), torch.float32)
+    z[1, 3, 0] = bad
+    value, gradient = value_and_grad(kernels(COVARIANCES[0]), z)
+    assert not value.isfinite()
+    assert not gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [1e8, 1e10, 1e12, 1e15, 1e19, 1e20, 1e25, 1e37])
 @pytest.mark.parametrize("shape", [(2, 20, 9), (2, 9, 20)], ids=str)
 @numpy_may_warn
