@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from vicreg_losses import _fused
 from vicreg_losses._request import Request
-from vicreg_losses.kernels import launch
+from vicreg_losses.kernels import directions, launch
 from vicreg_losses.kernels.launch import Target
 
 CHIPS = {
@@ -52,14 +52,29 @@ SHAPES = [
     (1, 8192, 16384),
     (1, 16384, 8192),
 ]
+# Likewise (V, N, D, K) for the sketch: each length of its networks, and the library's sort.
+SKETCHES = [
+    (1, 40, 1, 1),
+    (2, 200, 24, 70),
+    (1, 512, 256, 64),
+    (10, 1024, 256, 4096),
+    (1, 2048, 8192, 256),
+    (1, 4096, 256, 4096),
+    (1, 8192, 2048, 1024),
+    (1, 16384, 2048, 1024),
+    (8, 50000, 10000, 2500),
+]
+# Bytes that a thread of a kernel may spill: the longest network, once, when the row is sorted.
+SPILLS = {"_sort_kernel": 64}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PRODUCTS = {"_inner_kernel", "_gradient_kernel"}
+PRODUCTS = {"_inner_kernel", "_gradient_kernel", "_sketch_gradient_kernel"}
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -79,7 +94,8 @@ class Variant:
     @property
     def label(self) -> str:
         """What tells it from others."""
-        flags = {name: value for name, value in self.constants if name.isupper() and name != "AMD"}
+        left_out = ("AMD", "PLACES", "LOCAL")
+        flags = {k: v for k, v in self.constants if k.isupper() and k not in left_out}
         tile = [str(flags.pop(name)) for name in ("ROWS", "COLUMNS", "DEPTH") if name in flags]
         rest = [f"{name.lower()}={int(value)}" for name, value in flags.items() if name != "BAND"]
         types = {dict(self.signature).get(name) for name in ("z_ptr", "out_ptr")} - {None}
@@ -101,7 +117,11 @@ class Compiled:
     faults: tuple[str, ...]
 
 
-def variants(chip: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Variant]:
+def variants(
+    chip: str,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    sketches: Sequence[tuple[int, int, int, int]] = SKETCHES,
+) -> list[Variant]:
     """Every distinct launch of the library on a chip, over shapes, dtypes, forms and terms."""
     target = Target(chip, CHIPS[chip][1], launch.SHARED[chip])
     found: dict[Variant, None] = {}
@@ -118,6 +138,12 @@ def variants(chip: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Vari
             for dtype in DTYPES:
                 for request in _requests(dtype):
                     _step(request, torch.empty(shape, dtype=dtype, device="meta"))
+        for *shape, slices in sketches:
+            for dtype in DTYPES:
+                for request in _sketch_requests(dtype, slices):
+                    _step(request, torch.empty(shape, dtype=dtype, device="meta"))
+            counter = torch.empty((), dtype=torch.int64, device="meta")
+            directions.draw(counter, counter, 0, shape[2], slices)
     return list(found)
 
 
@@ -129,14 +155,24 @@ def _requests(dtype: torch.dtype) -> Iterator[Request]:
     yield Request("squared", center=True, impl="triton")
 
 
+def _sketch_requests(dtype: torch.dtype, slices: int) -> Iterator[Request]:
+    for parts in (1, 2) if dtype == torch.float32 else (1,):
+        common = {"impl": "triton", "parts": parts, "slices": slices}
+        yield Request(sketch="wasserstein", **common)
+        yield Request("squared", center=True, sketch="wasserstein", **common)
+        for knots in (17, 3, 40) if slices < 256 else (17,):
+            yield Request(sketch="epps_pulley", knots=knots, **common)
+
+
 def _step(request: Request, z: torch.Tensor) -> None:
     """Forward and backward of all terms."""
-    outputs = _fused.evaluate(request, [z], None, keep=True)
+    w = z.new_empty((z.shape[2], request.slices), dtype=torch.float32) if request.slices else None
+    outputs = _fused.evaluate(request, [z], w, keep=True)
     count = request.terms()
     values, residue = outputs[:count], outputs[count:]
     shape = (z.shape[0], z.shape[1], z.shape[2])
     _fused.gradient(request, shape, values, residue, values, [z], z.dtype)
-    _fused.evaluate(request, [z], None, keep=False)
+    _fused.evaluate(request, [z], w, keep=False)
 
 
 def _specialised(chip: str, kernel: Any, args: Any, options: dict[str, Any]) -> Variant:
@@ -210,7 +246,7 @@ def compiled(variant: Variant) -> Compiled:
     faults = []
     if variant.chip.startswith("gfx") and not _writes_are_awaited(text):
         faults.append("a ticket is taken before all threads have waited for their writes")
-    if spilled or local:
+    if max(spilled, local) > SPILLS.get(name, 0):
         faults.append(f"spills {spilled} B, local memory {local} B")
     if shared > launch.SHARED[variant.chip]:
         faults.append(f"{shared} B of shared memory, over {launch.SHARED[variant.chip]}")
@@ -268,7 +304,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="also write the table here")
     options = parser.parse_args()
     shapes = SHAPES[:1] + SHAPES[4:5] if options.quick else SHAPES
-    work = [v for chip in options.chip or CHIPS for v in variants(chip, shapes)]
+    sketches = SKETCHES[1:2] if options.quick else SKETCHES
+    work = [v for chip in options.chip or CHIPS for v in variants(chip, shapes, sketches)]
     with ProcessPoolExecutor(options.jobs) as pool:
         results = list(pool.map(compiled, work, chunksize=4))
     table = Table(title=f"triton {triton.__version__}: {len(results)} kernels")

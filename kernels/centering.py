@@ -1,10 +1,12 @@
 """Second pass: the terms of single columns, and the centred copy that the matrix products read.
 
 ``X = s (Z - mean)`` in 16 bits, s a power of two; float32-class products need two parts of it,
-``X = hi + lo``, 22 bits together. Without products this pass reads no embeddings.
+``X = hi + lo``, 22 bits together. For the sliced Wasserstein distance each column is also divided
+by ``sigma + 1e-6``. Without products this pass reads no embeddings.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,61 +18,10 @@ from . import launch
 from .device import inverse, is_last, power_of_two
 from .moments import Columns
 from .plan import STRIP, round_up
+from .terms import finish_terms
 
 _FORMS = {"": 0, "hinge": 1, "squared": 2}
-
-
-@triton.jit
-def _over_strips(sums_ptr, which, strips, MAXIMUM: tl.constexpr):
-    """Sum, or maximum of what is not negative, over strips: float64, in a fixed order."""
-    total = tl.zeros([256], tl.float64)
-    for start in range(0, strips, 256):
-        strip = start + tl.arange(0, 256)
-        place = sums_ptr + which * strips + strip
-        some = tl.load(place, mask=strip < strips, other=0, cache_modifier=".cg")
-        total = tl.maximum(total, some) if MAXIMUM else total + some
-    return tl.max(total, 0) if MAXIMUM else tl.sum(total, 0)
-
-
-@triton.jit
-def _finish_terms(
-    sums_ptr,
-    scales_ptr,
-    variance_ptr,
-    center_ptr,
-    views,
-    strips,
-    samples,
-    dimensions,
-    PARTS: tl.constexpr,
-    GRAM: tl.constexpr,
-):
-    """The values of the variance and the centre terms; the scale of each view's inner product."""
-    variance = tl.full([], 0, tl.float64)
-    center = tl.full([], 0, tl.float64)
-    for view in range(views):
-        sums = sums_ptr + view * 5 * strips
-        variance += _over_strips(sums, 0, strips, False)
-        center += _over_strips(sums, 1, strips, False)
-        if PARTS:
-            trace = _over_strips(sums, 2, strips, False)
-            length = dimensions if GRAM else samples
-            surplus = trace * 0  # NaN where a sample is not finite
-            if GRAM:
-                surplus += _over_strips(sums, 3, strips, False)
-                # |G_ij| <= max_i |x_i|^2, which is at most the trace, and at most D 2^28.
-                bound = tl.minimum(trace, 268435456.0 * length)
-            else:
-                bound = _over_strips(sums, 4, strips, True)
-            # X reaches 2^11 somewhere, so a small bound is one of squares that underflowed.
-            bound = tl.where(bound >= 1048576.0, bound, 268435456.0 * length)
-            inner_scale = power_of_two(bound.to(tl.float32), 15)
-            tl.store(scales_ptr + 4 * view + 1, inner_scale.to(tl.float64))
-            tl.store(scales_ptr + 4 * view + 2, inverse(inner_scale).to(tl.float64))
-            tl.store(scales_ptr + 4 * view + 3, surplus)
-    share = 1.0 / (views * tl.cast(dimensions, tl.float32))
-    tl.store(variance_ptr, (variance * share).to(tl.float32))
-    tl.store(center_ptr, (center * share).to(tl.float32))
+_SKETCHES = {"": 0, "epps_pulley": 1, "wasserstein": 2}
 
 
 @triton.jit
@@ -80,6 +31,20 @@ def _splits(first, d, splits, split_rows, samples, dimensions):
     rows = tl.minimum(split_rows, tl.maximum(samples - split * split_rows, 0))
     there = (split < splits)[:, None] & (d < dimensions)[None, :]
     return split.to(tl.int64)[:, None] * (2 * dimensions) + d[None, :], rows[:, None], there
+
+
+@triton.jit
+def _squares(
+    partial_ptr, offset, d, splits, split_rows, samples, dimensions, COLUMNS: tl.constexpr
+):
+    """Sums of squares of the columns about their means, from those of the splits."""
+    squares = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, splits, 16):
+        place, weight, there = _splits(first, d, splits, split_rows, samples, dimensions)
+        apart = tl.load(partial_ptr + place, mask=there, other=0) - offset[None, :]
+        about = tl.load(partial_ptr + dimensions + place, mask=there, other=0)
+        squares += tl.sum(about + weight * apart * apart, 0)
+    return squares
 
 
 @triton.jit
@@ -107,12 +72,15 @@ def _center_kernel(
     splits,
     reaches,
     cast_rows,
+    row_stride,
     part_stride,
+    sample_scale,
     gamma,
     eps,
     VARIANCE: tl.constexpr,
     PARTS: tl.constexpr,
     GRAM: tl.constexpr,
+    SKETCH: tl.constexpr,
     AMD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -132,7 +100,8 @@ def _center_kernel(
         sums_ptr: scratch, (V, 5, strips), float64.
         statistics_ptr: out, (V, 4, D).
         scales_ptr: out, (V, 4), float64.
-        centered_ptr: out, (PARTS, V, padded N, padded D), 16 bits, 0 in the padding.
+        centered_ptr: out, 16 bits, 0 in the padding: (PARTS, V, padded N, padded D), or for a
+            sketch (V, padded N, 1 or 3, padded D): hi, or hi, lo, hi.
         variance_ptr, center_ptr: out, the values of the terms, 0-dim.
     """
     strip = tl.program_id(0)
@@ -142,7 +111,9 @@ def _center_kernel(
     views = tl.num_programs(2)
 
     scale = 1.0
-    if PARTS:
+    if SKETCH == 2:
+        scale = sample_scale
+    elif PARTS:
         reach = tl.zeros([1024], tl.float32)
         for i in range(0, reaches, 1024):
             place = i + tl.arange(0, 1024)
@@ -165,6 +136,13 @@ def _center_kernel(
     if GRAM:
         rounded_ptr += view.to(tl.int64) * programs * dimensions
     if PARTS:
+        factor = tl.full([COLUMNS], 1.0, tl.float32) * scale
+        if SKETCH == 2:
+            squares = _squares(
+                partial_ptr, offset, d, splits, split_rows, samples, dimensions, COLUMNS
+            )
+            # NaN where sigma overflowed and would hide the samples.
+            factor = factor / (tl.sqrt_rn(squares / samples) + 1e-6) + squares * 0
         rounded = tl.zeros([ROWS, COLUMNS], tl.float32)
         begin = split * cast_rows
         end = tl.minimum(begin + cast_rows, padded_samples)
@@ -173,10 +151,10 @@ def _center_kernel(
             n = (start + tl.arange(0, ROWS)).to(tl.int64)
             ok = (n < samples)[:, None] & inside[None, :]
             z = tl.load(column_ptr[None, :] + n[:, None] * sample_stride, mask=ok, other=0)
-            x = ((z.to(tl.float32) - pivot[None, :]) - offset[None, :]) * scale
+            x = ((z.to(tl.float32) - pivot[None, :]) - offset[None, :]) * factor[None, :]
             x = tl.where(ok, x, 0)
             high = x.to(tl.float16)
-            place = (view.to(tl.int64) * padded_samples + n)[:, None] * padded_dimensions
+            place = (view.to(tl.int64) * padded_samples + n)[:, None] * row_stride
             fits = (n < end)[:, None] & (d < padded_dimensions)[None, :]
             out = centered_ptr + place + d[None, :]
             tl.store(out, high, mask=fits)
@@ -184,6 +162,8 @@ def _center_kernel(
             if PARTS == 2:
                 low = (x - kept).to(tl.float16)
                 tl.store(out + part_stride, low, mask=fits)
+                if SKETCH:
+                    tl.store(out + 2 * part_stride, high, mask=fits)
                 kept += low.to(tl.float32)
             rounded += kept * kept
         if GRAM:
@@ -191,12 +171,7 @@ def _center_kernel(
             tl.store(row + d, tl.sum(rounded, 0), mask=inside)
 
     if is_last(ticket_ptr + 1 + view * strips + strip, programs, AMD):
-        squares = tl.zeros([COLUMNS], tl.float32)
-        for first in range(0, splits, 16):
-            place, weight, there = _splits(first, d, splits, split_rows, samples, dimensions)
-            apart = tl.load(partial_ptr + place, mask=there, other=0) - offset[None, :]
-            about = tl.load(partial_ptr + dimensions + place, mask=there, other=0)
-            squares += tl.sum(about + weight * apart * apart, 0)
+        squares = _squares(partial_ptr, offset, d, splits, split_rows, samples, dimensions, COLUMNS)
         slope = tl.zeros([COLUMNS], tl.float32)
         excess = tl.zeros([COLUMNS], tl.float32)
         if VARIANCE == 1:  # hinge: excess = max(gamma - std, 0), NaN if std is
@@ -209,6 +184,8 @@ def _center_kernel(
             slope = tl.where(std == 0, 0.0, distance / tl.where(std == 0, 1.0, std))
             excess = distance * distance
         diagonal = squares * scale * scale
+        if SKETCH == 2:
+            diagonal = 1 / (tl.sqrt_rn(squares / samples) + 1e-6)
         if GRAM:
             diagonal = diagonal * 0  # NaN where a sample is not finite
             for first in range(0, programs, 16):
@@ -235,7 +212,7 @@ def _center_kernel(
         if PARTS and strip == 0:
             tl.store(scales_ptr + 4 * view, inverse(scale).to(tl.float64))
         if is_last(ticket_ptr, strips * views, AMD):
-            _finish_terms(
+            finish_terms(
                 sums_ptr,
                 scales_ptr,
                 variance_ptr,
@@ -244,7 +221,7 @@ def _center_kernel(
                 strips,
                 samples,
                 dimensions,
-                PARTS,
+                0 if SKETCH else PARTS,
                 GRAM,
             )
 
@@ -254,11 +231,12 @@ class Centered(NamedTuple):
 
     Attributes:
         variance, center: values of the terms, 0-dim.
-        statistics: (V, 4, D): pivot, mean less pivot, s^2 times the sum of squares, slope of the
-            variance term.
-        scales: (V, 4), float64: 1/s of X, g and 1/g of the stored inner product, what its energy
-            has too much.
-        centered: X, (PARTS, V, padded N, padded D), or ``None``.
+        statistics: (V, 4, D): pivot, mean less pivot, s^2 times the sum of squares or for a
+            standardised copy 1 / (sigma + 1e-6), slope of the variance term.
+        scales: (V, 4), float64: 1/s of X; for an inner product g and 1/g of it as stored and what
+            its energy has too much.
+        centered: X, (PARTS, V, padded N, padded D), or for a sketch (V, padded N, 1 or 3, padded
+            D), or ``None``.
     """
 
     variance: Tensor
@@ -266,6 +244,11 @@ class Centered(NamedTuple):
     statistics: Tensor
     scales: Tensor | None
     centered: Tensor | None
+
+
+def standard_scale(samples: int) -> float:
+    """The power of two for standardised samples, none of which is above sqrt(N)."""
+    return 2.0 ** (14 - math.ceil(math.log2(samples) / 2))
 
 
 def own_tickets(views: int, dimensions: int, padded: tuple[int, int] = (0, 0)) -> int:
@@ -281,6 +264,7 @@ def center(
     parts: int = 0,
     gram: bool = False,
     padded: tuple[int, int] = (0, 0),
+    sketch: str = "",
 ) -> Centered:
     """Finish the statistics; write the centred copy in ``parts`` (0: none) of 16 bits.
 
@@ -292,6 +276,7 @@ def center(
         parts: 0, 1 or 2.
         gram: whether the N x N product follows, else the D x D one.
         padded: N and D of the copy.
+        sketch: "wasserstein", which standardises, "epps_pulley", or "".
     """
     z, pivot, partial, reach, tickets, cut = columns
     views, samples, dimensions = z.shape
@@ -300,12 +285,15 @@ def center(
     programs = -(-padded[0] // cast_rows) if parts else 1
     float32 = functools.partial(z.new_empty, dtype=torch.float32)
     float64 = functools.partial(z.new_empty, dtype=torch.float64)
+    planes = 2 * parts - 1  # hi, lo and once more hi
+    layout = (views, padded[0], planes, padded[1]) if sketch else (parts, views, *padded)
+    centered = z.new_empty(layout, dtype=torch.float16) if parts else None
     result = Centered(
         float32(()),
         float32(()),
         float32((views, 4, dimensions)),
         float64((views, 4)) if parts else None,
-        z.new_empty((parts, views, *padded), dtype=torch.float16) if parts else None,
+        centered,
     )
     launch.call(
         _center_kernel,
@@ -330,12 +318,15 @@ def center(
         cut.splits,
         cut.splits * cut.strips,
         cast_rows,
-        views * padded[0] * padded[1],
+        planes * padded[1] if sketch else padded[1],
+        padded[1] if sketch else views * padded[0] * padded[1],
+        standard_scale(samples),
         gamma,
         eps,
         VARIANCE=_FORMS[variance],
         PARTS=parts,
         GRAM=gram,
+        SKETCH=_SKETCHES[sketch],
         AMD=launch.is_amd(z.device),
         registers=128,  # not to be limited to fewer by an occupancy that it does not need
         ROWS=cut.rows,

@@ -23,21 +23,51 @@ def inverse(power):
 
 
 @triton.jit
-def is_last(ticket_ptr, programs, AMD: tl.constexpr):
-    """Whether this program is the last of so many that asks; what the others wrote is then visible.
+def barrier(AMD: tl.constexpr):
+    """What every thread of the program has written, all of them see after this.
 
-    The first barrier puts the writes of all threads before the one thread's release, the second
-    its acquire before the reads of all threads; AMD's does not wait for writes, so that is asked of
-    every thread. Sums of integers have no order to depend on.
+    AMD's barrier does not wait for writes, so that is asked of every thread.
     """
     if AMD:
         wait: tl.constexpr = "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1"
         constraints: tl.constexpr = "=v,v,~{memory}"
         tl.inline_asm_elementwise(wait, constraints, [tl.arange(0, 64)], tl.int32, False, 1)
     tl.debug_barrier()
+
+
+@triton.jit
+def is_last(ticket_ptr, programs, AMD: tl.constexpr):
+    """Whether this program is the last of so many that asks; what the others wrote is then visible.
+
+    The first barrier puts the writes of all threads before the one thread's release, the second
+    its acquire before the reads of all threads. Sums of integers have no order to depend on.
+    """
+    barrier(AMD)
     before = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
     return before == programs - 1
+
+
+@triton.jit
+def doubled(cosine, sine):
+    """Of twice the angle."""
+    return (cosine - sine) * (cosine + sine), 2 * sine * cosine
+
+
+@triton.jit
+def unit_circle(turns):
+    """Cosine and sine of ``2 pi turns``.
+
+    Of the half angle by polynomials, least squares of ``sin(pi x) / x`` and ``cos(pi x)`` in x^2
+    over |x| <= 1/2, good to 1e-8; then doubled.
+    """
+    x = turns - tl.floor(turns + 0.5)
+    y = x * x
+    sine = 0.08205041 + y * -0.00702838646
+    sine = 3.14159274 + y * (-5.16771269 + y * (2.55016327 + y * (-0.599252224 + y * sine)))
+    cosine = 0.235325441 + y * (-0.0257763285 + y * 0.00184000551)
+    cosine = 1.0 + y * (-4.93480206 + y * (4.05871201 + y * (-1.3352623 + y * cosine)))
+    return doubled(cosine, x * sine)
 
 
 @triton.jit
@@ -72,6 +102,15 @@ def banded_triangle(index, rows, BAND: tl.constexpr):
         first + tl.where(local < rectangle, local % height, row),
         tl.where(local < rectangle, local // height, first + column),
     )
+
+
+@triton.jit
+def tile_of(index, rows, columns, BAND: tl.constexpr):
+    """Row and column of a tile; tiles are numbered in bands of rows, each column by column."""
+    band = index // (BAND * columns)
+    height = tl.minimum(BAND, rows - band * BAND)
+    local = index % (BAND * columns)
+    return band * BAND + local % height, local // height
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .device import columns, finite_or_nan, multiply
+from .device import columns, finite_or_nan, multiply, tile_of
 from .plan import Plan, strips
 
 Term = tuple[Tensor, Tensor, float]  # upstream gradient, value, constant factor
@@ -71,15 +71,11 @@ def _gradient_kernel(
         out_ptr: out, (V, N, D).
     """
     view = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0)
-    tile_rows = padded_samples // ROWS
-    tile_columns = padded_dimensions // COLUMNS
-    band = tile // (BAND * tile_columns)
-    height = tl.minimum(BAND, tile_rows - band * BAND)
-    local = tile % (BAND * tile_columns)
-    n = (band * BAND + local % height) * ROWS + tl.arange(0, ROWS)
-    n = n.to(tl.int64)
-    column = local // height * COLUMNS
+    row, column = tile_of(
+        tl.program_id(0), padded_samples // ROWS, padded_dimensions // COLUMNS, BAND
+    )
+    n = (row * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column *= COLUMNS
     depth = tl.arange(0, DEPTH)
     a = a_ptr + view * a_view + n[:, None] * a_stride + depth[None, :]
     across = column + tl.arange(0, COLUMNS)

@@ -207,3 +207,77 @@ def cut(
     programs = -(-total * steps // span)
     tickets = 1 + (total if span % steps else 0)
     return Plan(gram, parts, inner, gradient, padded, tiles, steps, span, programs, tickets)
+
+
+class Network(NamedTuple):
+    """How a row is sorted in registers.
+
+    Attributes:
+        bits: of the padded length.
+        warps: of the program.
+        places: bit of the place for each bit of the rank.
+        local: 1 for each bit of the place that one thread holds both sides of.
+    """
+
+    bits: int
+    warps: int
+    places: tuple[int, ...]
+    local: tuple[int, ...]
+
+
+# Warps of a network by the bits of its length, for words of equal steps and for the exact order of
+# float32, which needs more registers: the fewest that do not spill (2^14: by a few bytes).
+_NETWORK_WARPS = {
+    False: {11: 2, 12: 4, 13: 8, 14: 16},
+    True: {10: 2, 11: 4, 12: 8, 13: 8},
+}
+
+
+def network(target: Target, samples: int, exact: bool) -> Network | None:
+    """The network for rows of ``samples``; ``None`` for rows that no program can hold.
+
+    A thread holds four neighbours, as it loads them, and those furthest apart: the low and the high
+    bits of the place. They are the low bits of the rank.
+    """
+    warps = _NETWORK_WARPS[exact]
+    bits = max(6, (samples - 1).bit_length())
+    if bits > max(warps):
+        return None
+    count = warps.get(bits, 1)
+    lanes = (6 if target.arch.startswith("gfx") else 5) + count.bit_length() - 1
+    near = min(2, bits - lanes)
+    local = (*range(near), *range(near + lanes, bits))
+    across = tuple(range(near, near + lanes))
+    return Network(bits, count, local + across, tuple(int(b in local) for b in range(bits)))
+
+
+class SketchPlan(NamedTuple):
+    """How the sketch is cut.
+
+    Attributes:
+        parts: 16-bit numbers for each element.
+        gradient: block shape of the second product.
+        padded: N and D of the operands.
+        slices: K of the operands.
+        chunk: slices that are projected at a time.
+    """
+
+    parts: int
+    gradient: Blocks
+    padded: tuple[int, int]
+    slices: int
+    chunk: int
+
+
+# Projections at a time: 16 MiB of float32, which an L2 cache holds beside the operands.
+_PROJECTIONS = 1 << 22
+
+
+def sketch_plan(target: Target, shape: Shape, slices: int, parts: int) -> SketchPlan:
+    """Choose the blocks for a batch (V, N, D) and K slices."""
+    views, samples, dimensions = shape
+    gradient = gradient_blocks(target, parts, views, samples, dimensions)
+    padded = round_up(samples, gradient.rows), round_up(dimensions, gradient.columns)
+    depth = gradient.depth
+    chunk = max(depth, _PROJECTIONS // (views * padded[0]) // depth * depth)
+    return SketchPlan(parts, gradient, padded, round_up(slices, depth), chunk)

@@ -249,16 +249,16 @@ class Term:
             z, unit_directions(z.shape[-1], num_slices), **self.formula_options
         )
 
-    def library(self, functional: Any, num_slices: int = 13) -> Loss:
+    def library(self, functional: Any, num_slices: int = 13, **more: Any) -> Loss:
         """The public function as a function of the embeddings alone, along the same directions."""
-        function = getattr(functional, self.function)
+        function, options = getattr(functional, self.function), {**self.options, **more}
         if not self.sketch:
-            return lambda z: function(z, **self.options)
+            return lambda z: function(z, **options)
 
         def loss(z: Tensor) -> Tensor:
-            directions = unit_directions(z.shape[-1], num_slices)
+            directions = unit_directions(z.shape[-1], num_slices).to(z.device)
             wide = directions.double() if z.dtype == torch.float64 else directions
-            return function(z, directions=wide, **self.options)
+            return function(z, directions=wide, **options)
 
         return loss
 

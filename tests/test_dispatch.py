@@ -32,10 +32,12 @@ def run(code: str, **environment: str) -> str:
 
 REFUSED = """
 import torch
-from vicreg_losses import CovarianceLoss, VarianceLoss, VICRegLoss, functional
+from vicreg_losses import CovarianceLoss, VarianceLoss, VICRegLoss, VISRegLoss, functional
 
 z = torch.randn(2, 8, 4)
 for ask in (
+    lambda: functional.sliced_sketch_loss(z, impl="triton"),
+    lambda: VISRegLoss(impl="triton")(z),
     lambda: functional.variance_loss(z, impl="triton"),
     lambda: functional.center_loss(z, impl="triton"),
     lambda: functional.covariance_loss(z, impl="triton"),
@@ -52,7 +54,7 @@ for ask in (
 
 def test_triton_on_a_cpu_says_why_not() -> None:
     lines = run(REFUSED).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 8
     reason = "Triton is not installed" if not _has_triton() else "TRITON_INTERPRET=1"
     for line in lines:
         assert line.startswith("impl='triton' cannot run: ")
@@ -79,7 +81,7 @@ needs_triton = pytest.mark.skipif(not _has_triton(), reason="Triton is not insta
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["variance_loss", "center_loss", "covariance_loss"])
+@pytest.mark.parametrize("name", ["variance_loss", "covariance_loss", "sliced_sketch_loss"])
 def test_float64_is_refused(name: str) -> None:
     z = torch.randn(8, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"no kernels for float64.*impl='auto' or impl='torch'"):
@@ -104,9 +106,10 @@ def test_old_chips_are_refused(arch: str, fits: bool, monkeypatch: pytest.Monkey
     assert obstacle == "" if fits else arch in obstacle
 
 
-def test_a_sketch_is_refused_in_a_mixed_request() -> None:
-    request = Request("squared", center=True, sketch="wasserstein", impl="triton")
-    with pytest.raises(RuntimeError, match="the sketch has no Triton kernels"):
+@needs_triton
+def test_a_sketch_beside_a_covariance_is_refused() -> None:
+    request = Request(covariance="auto", sketch="wasserstein", impl="triton")
+    with pytest.raises(RuntimeError, match="expected a covariance or a sketch, got both"):
         _dispatch.resolve(request, [torch.zeros(8, 4)])
 
 

@@ -17,12 +17,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HINGE = oracles.term("variance-hinge", "variance_loss", oracles.variance, form="hinge")
 CENTER = oracles.term("center", "center_loss", oracles.center)
 COVARIANCE = oracles.covariance_term("auto")
+SKETCHES = [t for t in oracles.TERMS if t.sketch]
 
 
 def kernels(term: Term) -> Loss:
-    """The public function by its kernels."""
+    """The public function by its kernels; a sketch draws its own slices."""
     function = getattr(functional, term.function)
-    return lambda z: function(z, impl="triton", **term.options)
+    draw = {"num_slices": 2, "generator_seed": 3} if term.sketch else {}
+    return lambda z: function(z, impl="triton", **draw, **term.options)
 
 
 def data(shape: tuple[int, int, int]) -> Tensor:
@@ -48,7 +50,7 @@ def test_transforms_give_the_eager_result(
 ) -> None:
     torch.compiler.reset()
     z = data(shape)
-    for term in (HINGE, CENTER, COVARIANCE):
+    for term in (HINGE, CENTER, COVARIANCE, *SKETCHES):
         value, gradient = value_and_grad(kernels(term), z)
         other, other_gradient = transform(kernels(term))(z)
         assert torch.equal(value, other)

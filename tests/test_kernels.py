@@ -33,8 +33,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def kernels(term: Term) -> Loss:
     """The public function by its kernels."""
-    function = getattr(functional, term.function)
-    return lambda z: function(z, impl="triton", **term.options)
+    return term.library(functional, impl="triton")
 
 
 @pytest.fixture(params=["highest", "high"])

@@ -6,9 +6,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _compat, _evaluate
+from . import _compat, _evaluate, _slices
 from ._checks import one_of
-from ._request import Request, batch_shape
+from ._request import Request, batch_shape, is_narrow
 
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 # Chips on which "auto" takes the kernels: those with a run under benchmarks/results/ in which every
@@ -47,7 +47,7 @@ def resolve(request: Request, views: Sequence[Tensor]) -> Request:
         return request
     wide = any(view.dtype == torch.float64 for view in views)
     if request.impl == "auto":
-        if wide or request.sketch or not _is_measured(device.index or 0):
+        if wide or not _is_measured(device.index or 0):
             return request
     else:
         obstacle = _obstacle(device.type) or _obstacle_of_chip(device.type, device.index or 0)
@@ -55,13 +55,12 @@ def resolve(request: Request, views: Sequence[Tensor]) -> Request:
             obstacle = "there are no kernels for float64"
         if batch_shape(views)[0] > 65535:
             obstacle = f"expected at most 65535 views, got {batch_shape(views)[0]}"
-        if request.sketch:
-            obstacle = "the sketch has no Triton kernels in this version"
+        if request.sketch and request.covariance:
+            obstacle = "expected a covariance or a sketch, got both"
         if obstacle:
             _refuse(obstacle)
-    narrow = all(view.dtype in (torch.float16, torch.bfloat16) for view in views)
-    parts = 2 if not narrow and _compat.float32_products_are_exact() else 1
-    return request._replace(impl="triton", parts=parts)
+    exact = not is_narrow(views) and _compat.float32_products_are_exact()
+    return request._replace(impl="triton", parts=request.parts or 1 + exact)
 
 
 def backend(request: Request) -> ModuleType:
@@ -71,6 +70,23 @@ def backend(request: Request) -> ModuleType:
 
         return _fused
     return _evaluate
+
+
+def draw_directions(
+    seed: Tensor, step: Tensor, offset: int, dimensions: int, slices: int, impl: str
+) -> Tensor:
+    """:func:`._slices.draw_directions` at ``step + offset``; on CUDA by a kernel where one serves.
+
+    The CPU's numbers are those of its generator, whatever serves the rest.
+    """
+    device = seed.device
+    if impl != "torch" and device.type == "cuda" and _kernel_draws(impl, device.index or 0):
+        from .kernels import directions
+
+        with _compat.outside_transforms():
+            plain = _compat.plain(seed), _compat.plain(step)
+            return directions.draw(*plain, offset, dimensions, slices)
+    return _slices.draw_directions(seed, step + offset, dimensions, slices)
 
 
 _NOT_INSTALLED = "Triton is not installed"
@@ -120,3 +136,10 @@ def _is_measured(index: int) -> bool:
     from .kernels import launch
 
     return launch.target(torch.device("cuda", index)).arch in MEASURED
+
+
+@_compat.constant_when_compiled
+def _kernel_draws(impl: str, index: int) -> bool:
+    if impl == "auto":
+        return _is_measured(index)
+    return not (_obstacle("cuda") or _obstacle_of_chip("cuda", index))

@@ -1,22 +1,30 @@
-"""The same as :mod:`._evaluate` over Triton kernels: variance, centre and covariance.
+"""The same as :mod:`._evaluate` over Triton kernels.
 
-Four kernels in all, forward and backward: moments, centring, inner product, gradient; without a
-covariance term three, and then the embeddings themselves are what the gradient is finished from.
+Two passes for the statistics, then the products: with a covariance term two kernels more, forward
+and backward; with a sketch a library product, a kernel for the slices and one for the gradient;
+with neither, one pass over the embeddings again for the gradient.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._request import Request, batch_shape, uses_gram
+from ._torch import knot_table, quantiles
 from .kernels.centering import center, own_tickets
+from .kernels.epps_pulley import Knots
 from .kernels.gradient import Term, column_gradient, product_gradient
 from .kernels.inner import inner_product
 from .kernels.launch import target
 from .kernels.moments import moments
-from .kernels.plan import Plan, blocks, padding, plan
+from .kernels.plan import Plan, SketchPlan, blocks, network, padding, plan, sketch_plan
+from .kernels.sketch import Sketch, residual_scale, sketch
+from .kernels.sketch_gradient import sketch_gradient
+from .kernels.sort import Targets, targets
+
+T = TypeVar("T")
 
 
 def evaluate(
@@ -24,24 +32,37 @@ def evaluate(
 ) -> list[Tensor]:
     """As :func:`._evaluate.evaluate`."""
     z = _batch(views)
-    cut = _plan(request, batch_shape(views), z.device) if request.covariance else None
-    count, _, dimensions = z.shape
-    own = own_tickets(count, dimensions, cut.padded if cut else (0, 0))
-    columns = moments(z, own + (cut.tickets if cut else 0))
-    hinge = request.variance, request.gamma, max(request.eps, torch.finfo(torch.float32).tiny)
-    if cut is None:
-        centered = center(columns, *hinge)
-    else:
-        centered = center(columns, *hinge, cut.parts, cut.gram, cut.padded)
+    shape = count, samples, dimensions = batch_shape(views)
+    product: Plan | SketchPlan | None = None
+    gram, tickets_asked = False, 0
+    if request.covariance:
+        product = covariance = _plan(request, shape, z.device)
+        gram, tickets_asked = covariance.gram, covariance.tickets
+    elif request.sketch:
+        product = projection = _sketch_plan(request, shape, z.device)
+    padded = product.padded if product else (0, 0)
+    own = own_tickets(count, dimensions, padded)
+    columns = moments(z, own + tickets_asked)
+    eps = max(request.eps, torch.finfo(torch.float32).tiny)
+    hinge = request.variance, request.gamma, eps
+    parts = product.parts if product else 0
+    centered = center(columns, *hinge, parts, gram, padded, request.sketch)
     values = [centered.variance] if request.variance else []
     if request.center:
         values.append(centered.center)
     residue: list[Any] = [centered.statistics]  # tensors, if kept
-    if cut is not None:
+    if request.covariance:
         tickets = columns.tickets[own:]
-        value, inner = inner_product(centered, batch_shape(views), cut, tickets, keep)
+        value, inner = inner_product(centered, shape, covariance, tickets, keep)
         values.append(value)
         residue += [centered.scales, centered.centered, inner]
+    elif request.sketch:
+        assert directions is not None
+        w = directions.resolve_neg()
+        statistic = _statistic(request, samples, z.device)
+        value, kept = sketch(centered, w, shape, projection, statistic, keep)
+        values.append(value)
+        residue += kept or ()
     return values + residue if keep else values
 
 
@@ -49,19 +70,23 @@ def residue(request: Request, views: Sequence[Tensor]) -> list[Tensor]:
     """As :func:`._evaluate.residue`.
 
     statistics (V, 4, D); with a covariance also scales (V, 4), the centred samples (parts, V,
-    padded N, padded D) and their inner product (parts, V, side, side).
+    padded N, padded D) and their inner product (parts, V, side, side); with a sketch the residual
+    (parts, padded K, V, padded N) and the directions (padded K, planes, padded D).
     """
-    count, samples, dimensions = batch_shape(views)
-    empty = views[0].new_empty
+    count, samples, dimensions = shape = batch_shape(views)
+    empty, device, parts = views[0].new_empty, views[0].device, request.parts
     kept = [empty((count, 4, dimensions), dtype=torch.float32)]
     if request.covariance:
-        gram, parts = uses_gram(request, samples, dimensions), request.parts
-        shape = (count, samples, dimensions)
-        padded = padding(gram, shape, *blocks(target(views[0].device), shape, gram, parts))
+        gram = uses_gram(request, samples, dimensions)
+        padded = padding(gram, shape, *blocks(target(device), shape, gram, parts))
         side = padded[0] if gram else padded[1]
         kept.append(empty((count, 4), dtype=torch.float64))
         kept.append(empty((parts, count, *padded), dtype=torch.float16))
         kept.append(empty((parts, count, side, side), dtype=torch.float16))
+    elif request.sketch:
+        cut = _sketch_plan(request, shape, device)
+        kept.append(empty((parts, cut.slices, count, cut.padded[0]), dtype=torch.float16))
+        kept.append(empty((cut.slices, 2 * parts - 1, cut.padded[1]), dtype=torch.float16))
     return kept
 
 
@@ -82,6 +107,7 @@ def gradient(
         "variance": -1 / (elements * (samples - 1)) if hinge else 2 / (elements * samples),
         "center": 2 / (elements * samples),
         "covariance": 4 / (elements * (samples - 1) ** 2),
+        "sketch": 1 / (count * max(1, request.slices)),
     }
     asked = [name for name in factors if getattr(request, name)]
     terms: dict[str, Term] = {
@@ -90,16 +116,32 @@ def gradient(
         if up is not None
     }
     variance, middle = terms.get("variance"), terms.get("center")
+    statistics = residue[0]
     if "covariance" in terms:
-        statistics, scales, centered, inner = residue
+        _, scales, centered, inner = residue
         cut = _plan(request, shape, centered.device)
         covariance = terms["covariance"]
         return product_gradient(
             centered, inner, statistics, scales, shape, cut, covariance, variance, middle, dtype
         )
+    if "sketch" in terms:
+        z, kept = _batch(views), Sketch(*residue[1:])
+        scale, factor = residual_scale(_statistic(request, samples, z.device), shape)
+        up, value, share = terms["sketch"]
+        return sketch_gradient(
+            kept,
+            z,
+            statistics,
+            _sketch_plan(request, shape, z.device),
+            request.sketch == "wasserstein",
+            (up, value, share * factor / scale),
+            variance,
+            middle,
+            dtype,
+        )
     if not terms:
         return values[0].new_zeros(shape, dtype=dtype)
-    return column_gradient(_batch(views), residue[0], variance, middle, dtype)
+    return column_gradient(_batch(views), statistics, variance, middle, dtype)
 
 
 def _batch(views: Sequence[Tensor]) -> Tensor:
@@ -113,3 +155,50 @@ def _batch(views: Sequence[Tensor]) -> Tensor:
 def _plan(request: Request, shape: tuple[int, int, int], device: torch.device) -> Plan:
     gram = uses_gram(request, shape[1], shape[2])
     return plan(target(device), shape, gram, request.parts)
+
+
+def _sketch_plan(request: Request, shape: tuple[int, int, int], device: torch.device) -> SketchPlan:
+    return sketch_plan(target(device), shape, request.slices, request.parts)
+
+
+def _statistic(request: Request, samples: int, device: torch.device) -> Targets | Knots:
+    """The constants of the statistic, on the device."""
+    like = torch.empty((), dtype=torch.float32, device=device)
+    if request.sketch == "epps_pulley":
+        number, t_max = request.knots, request.t_max
+
+        def knots() -> Knots:
+            t, _, weight = knot_table(number, t_max, torch.empty((), dtype=torch.float64))
+            # |dT/dp| is at most sum_t 2 w t times the distance of two points of the unit disc.
+            bound = 4 * float((weight * t).sum())
+            return Knots(knot_table(number, t_max, like), t_max / (number - 1), bound)
+
+        return _constant(("knots", number, t_max, device), knots)
+    cut = network(target(device), samples, request.parts == 2)
+    key = ("targets", samples, request.quantiles, cut, device)
+    return _constant(key, lambda: targets(quantiles(samples, request.quantiles, like), cut))
+
+
+_CONSTANTS: dict[tuple[Any, ...], Any] = {}
+_MOST_CONSTANTS = 32
+
+
+def _constant(key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What ``make`` returns for a key, whose last part is the device; made once.
+
+    Waited for when it is made, because another stream may be the next to read it. What is made
+    while a CUDA graph is captured belongs to the graph.
+    """
+    found: T | None = _CONSTANTS.get(key)
+    if found is not None:
+        return found
+    with torch.inference_mode(False):
+        made = make()
+    if key[-1].type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return made
+        torch.cuda.current_stream(key[-1]).synchronize()
+    if len(_CONSTANTS) >= _MOST_CONSTANTS:
+        _CONSTANTS.pop(next(iter(_CONSTANTS)), None)
+    _CONSTANTS[key] = made
+    return made

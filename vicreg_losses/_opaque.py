@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compat, _slices
+from . import _compat, _dispatch
 from ._dispatch import backend
 from ._request import Request, computing_dtype
 
@@ -57,7 +57,7 @@ def gradient(
 
 
 def draw_directions(
-    seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int = 0
+    seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int = 0, impl: str = "auto"
 ) -> Tensor:
     """:func:`._slices.draw_directions`, through the operator where that is needed.
 
@@ -65,7 +65,7 @@ def draw_directions(
     ``advance`` further, and the slices are those of before.
     """
     draw = _draw if _has_data([seed, step]) else _draw_op
-    return draw(seed, step, dimensions, slices, advance)
+    return draw(seed, step, dimensions, slices, advance, impl)
 
 
 def advance_step(step: Tensor, advance: int) -> None:
@@ -108,9 +108,21 @@ def _evaluate_op(
     t_max: float,
     impl: str,
     parts: int,
+    slices: int,
 ) -> list[Tensor]:
     request = Request(
-        variance, center, covariance, sketch, gamma, eps, quantiles, knots, t_max, impl, parts
+        variance,
+        center,
+        covariance,
+        sketch,
+        gamma,
+        eps,
+        quantiles,
+        knots,
+        t_max,
+        impl,
+        parts,
+        slices,
     )
     # What a compiler was told: the strides of the input may have come through.
     return [t.contiguous() for t in backend(request).evaluate(request, views, directions, keep)]
@@ -146,9 +158,21 @@ def _gradient_op(
     t_max: float,
     impl: str,
     parts: int,
+    slices: int,
 ) -> Tensor:
     request = Request(
-        variance, center, covariance, sketch, gamma, eps, quantiles, knots, t_max, impl, parts
+        variance,
+        center,
+        covariance,
+        sketch,
+        gamma,
+        eps,
+        quantiles,
+        knots,
+        t_max,
+        impl,
+        parts,
+        slices,
     )
     present = iter(upstream)
     spread = [next(present) if there else None for there in asked]
@@ -171,9 +195,11 @@ def _(
     return values[0].new_empty(shape, dtype=dtype)
 
 
-def _draw(seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int) -> Tensor:
-    replayed = step - advance if _compat.in_backward() else step
-    return _slices.draw_directions(seed, replayed, dimensions, slices)
+def _draw(
+    seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int, impl: str
+) -> Tensor:
+    offset = -advance if _compat.in_backward() else 0
+    return _dispatch.draw_directions(seed, step, offset, dimensions, slices, impl)
 
 
 def _advance(step: Tensor, advance: int) -> None:
@@ -182,12 +208,14 @@ def _advance(step: Tensor, advance: int) -> None:
 
 
 @torch.library.custom_op("vicreg_losses::draw_directions", mutates_args=())
-def _draw_op(seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int) -> Tensor:
-    return _draw(seed, step, dimensions, slices, advance)
+def _draw_op(
+    seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int, impl: str
+) -> Tensor:
+    return _draw(seed, step, dimensions, slices, advance, impl)
 
 
 @_draw_op.register_fake
-def _(seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int) -> Tensor:
+def _(seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int, impl: str) -> Tensor:
     return seed.new_empty((slices, dimensions), dtype=torch.float32).T
 
 

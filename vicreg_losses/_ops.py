@@ -36,6 +36,8 @@ def regularizers(
         0-dim tensors, float32, or float64 if a view is.
     """
     request = resolve(request, views)
+    if directions is not None:
+        request = request._replace(slices=directions.shape[1])
     if _is_differentiated(views):
         function = _EagerRegularizers if _in_plain_eager() else _Regularizers
         outputs: tuple[Tensor, ...] = function.apply(request, directions, *views)

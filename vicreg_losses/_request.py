@@ -20,7 +20,8 @@ class Request(NamedTuple):
     knots: int = 17
     t_max: float = 3.0
     impl: str = "auto"  # "triton" only where that was decided
-    parts: int = 0  # of Triton's operands: 16-bit numbers for each element
+    parts: int = 0  # of Triton's operands: 16-bit numbers for each element; 0: by the dtypes
+    slices: int = 0  # K, where the directions are known
 
     def terms(self) -> int:
         """Number of terms asked for."""
@@ -38,6 +39,11 @@ def computing_dtype(views: Sequence[Tensor]) -> torch.dtype:
         if view.dtype == torch.float64:
             return torch.float64
     return torch.float32
+
+
+def is_narrow(views: Sequence[Tensor]) -> bool:
+    """Whether all views have 16 bits."""
+    return all(view.dtype in (torch.float16, torch.bfloat16) for view in views)
 
 
 def gradient_dtype(views: Sequence[Tensor]) -> torch.dtype:

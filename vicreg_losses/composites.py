@@ -100,10 +100,10 @@ class VICRegLoss(Loss):
 
     def terms(self, *views: Embeddings) -> VICRegTerms:
         """The terms, without their coefficients; each can be differentiated."""
-        tensors = self._float_views(views, "VICRegLoss")
+        tensors, request = self._float_views(views, "VICRegLoss", self._request())
         invariance = _invariance(self, tensors)
         _checks.warn_of_unit_norm("VICRegLoss", tensors, self.gamma)
-        variance, covariance = _ops.regularizers(self._request(), tensors)
+        variance, covariance = _ops.regularizers(request, tensors)
         return VICRegTerms(invariance, variance, covariance * batch_shape(tensors)[0])
 
     def total(self, terms: VICRegTerms) -> Tensor:
@@ -171,11 +171,11 @@ class VISRegLoss(SlicedLoss):
 
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> VISRegTerms:
         """The terms, without their weights; each can be differentiated."""
-        tensors = self._float_views(views, "VISRegLoss")
+        tensors, request = self._float_views(views, "VISRegLoss", self._request())
         invariance = _invariance(self, tensors, form="center", num_global=self.num_global)
         _checks.warn_of_unit_norm("VISRegLoss", tensors)
         w = self.directions_for(tensors, directions)
-        scale, center, shape = _ops.regularizers(self._request(), tensors, w)
+        scale, center, shape = _ops.regularizers(request, tensors, w)
         return VISRegTerms(invariance, scale, shape, center)
 
     def total(self, terms: VISRegTerms) -> Tensor:
@@ -232,11 +232,11 @@ class LeJEPALoss(SlicedLoss):
 
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> LeJEPATerms:
         """The terms, without their weights; each can be differentiated."""
-        tensors = self._float_views(views, "LeJEPALoss")
+        tensors, request = self._float_views(views, "LeJEPALoss", self._request())
         invariance = _invariance(self, tensors, form="center", num_global=self.num_global)
         _checks.warn_of_unit_norm("LeJEPALoss", tensors)
         w = self.directions_for(tensors, directions)
-        return LeJEPATerms(invariance, _ops.regularizers(self._request(), tensors, w)[0])
+        return LeJEPATerms(invariance, _ops.regularizers(request, tensors, w)[0])
 
     def total(self, terms: LeJEPATerms) -> Tensor:
         """The weighted sum of ``terms``: what ``forward`` returns."""

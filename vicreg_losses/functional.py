@@ -227,7 +227,7 @@ def sliced_sketch_loss(
     views = checked(z, gather_distributed, process_group, reduction)
     _checks.warn_of_unit_norm("sliced_sketch_loss", views)
     if directions is None:
-        w = _draw(views[0], num_slices, generator_seed).to(computing_dtype(views))
+        w = _draw(views[0], num_slices, generator_seed, impl).to(computing_dtype(views))
     else:
         w = prepare_directions(directions, views)
     return _ops.regularizers(request, views, w)[0]
@@ -313,7 +313,7 @@ def sketch_request(statistic: str, quantiles: str, knots: int, t_max: float, imp
     _checks.one_of("quantiles", quantiles, ("paper", "exact"))
     _checks.integer("knots", knots, 2)
     _checks.real("t_max", t_max, positive=True)
-    check(impl, kernels=False)
+    check(impl)
     return Request(
         sketch=statistic, quantiles=quantiles, knots=knots, t_max=float(t_max), impl=impl
     )
@@ -336,9 +336,9 @@ def prepare_directions(directions: Tensor, views: Sequence[Tensor]) -> Tensor:
     return directions.to(computing_dtype(views))
 
 
-def _draw(like: Tensor, slices: int, seed: int | None) -> Tensor:
+def _draw(like: Tensor, slices: int, seed: int | None, impl: str) -> Tensor:
     if seed is not None:
         _checks.seed("generator_seed", seed)
     key = torch.full((), seed or 0, dtype=torch.int64, device=like.device)
     step = torch.zeros_like(key) if seed is not None else _opaque.next_call().to(key.device)
-    return _opaque.draw_directions(key, step, like.shape[-1], slices)
+    return _opaque.draw_directions(key, step, like.shape[-1], slices, impl=impl)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, _opaque, functional
-from ._request import computing_dtype
+from ._request import Request, computing_dtype, is_narrow
 from .functional import Embeddings, Group
 
 __all__ = ["CovarianceLoss", "InvarianceLoss", "SlicedSketchLoss", "VarianceLoss"]
@@ -58,14 +58,17 @@ class Loss(nn.Module):
     def _common(self) -> dict[str, Any]:
         return {**self._sharing(), "impl": self.impl}
 
-    def _float_views(self, views: Sequence[Embeddings], warning: str) -> Sequence[Tensor]:
-        """Checked views for several terms, in the computing dtype.
+    def _float_views(
+        self, views: Sequence[Embeddings], warning: str, request: Request
+    ) -> tuple[Sequence[Tensor], Request]:
+        """Checked views for several terms, in the computing dtype, and the request for them.
 
-        One cast for all terms: its backward rounds the sum of their gradients once.
+        One cast for all terms: its backward rounds the sum of their gradients once. What came in 16
+        bits needs no more than those in a kernel.
         """
         tensors = functional.checked(self._views(views, warning), **self._sharing())
-        dtype = computing_dtype(tensors)
-        return tuple(tensor.to(dtype) for tensor in tensors)
+        dtype, parts = computing_dtype(tensors), int(is_narrow(tensors))
+        return tuple(t.to(dtype) for t in tensors), request._replace(parts=parts)
 
     def _views(self, views: Sequence[Embeddings], warning: str = "") -> Embeddings:
         """The arguments of ``forward`` as one argument of a function.
@@ -177,7 +180,7 @@ class SlicedLoss(Loss):
         self._follow(like)
         advance = int(self.training)
         drawn = _opaque.draw_directions(
-            self.seed, self.step, like.shape[-1], self.num_slices, advance
+            self.seed, self.step, like.shape[-1], self.num_slices, advance, self.impl
         )
         if advance:
             _opaque.advance_step(self.step, advance)
