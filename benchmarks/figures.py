@@ -8,6 +8,8 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
+from functools import partial
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +26,7 @@ SETTINGS = (
     (torch.float16, "highest"),
     (torch.bfloat16, "highest"),
 )
+SKETCHES = {"wasserstein": published.sliced_wasserstein, "epps_pulley": published.epps_pulley}
 
 
 def white(shape: tuple[int, ...]) -> Tensor:
@@ -36,12 +39,12 @@ def value_and_gradient(loss: Loss, z: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-def errors(loss: Loss, z: Tensor) -> tuple[float, float]:
+def errors(loss: Loss, z: Tensor, formula: Loss = published.covariance) -> tuple[float, float]:
     """Relative errors of value and gradient against the published formula in float64.
 
     The loss is scaled, as for a gradient scaler, so that float16 does not lose small gradients.
     """
-    true = value_and_gradient(published.covariance, z.double())
+    true = value_and_gradient(formula, z.double())
     value, gradient = value_and_gradient(lambda leaf: 1024 * loss(leaf), z)
     found = value.double() / 1024, gradient.double() / 1024
     off, slope = ((f - t).norm() / t.norm() for f, t in zip(found, true, strict=True))
@@ -62,6 +65,34 @@ def covariance_errors() -> Table:
             table.add_row(f"{shape} {dtype}", setting, "kernels", *row)
         row = [f"{error:.1e}" for error in errors(published.covariance, white(shape).float())]
         table.add_row(f"{shape} torch.float32", "highest", "published formula", *row)
+    return table
+
+
+def sketch_errors() -> Table:
+    """Where the embeddings are normal, the residual is small, and the ranks hang on roundings."""
+    table = Table(
+        "input", "setting", "loss", "value", "gradient", title="sketch, (1, 256, 64), K 8"
+    )
+    w = white((64, 8))
+    w /= w.norm(dim=0)
+    normal = white((1, 256, 64))
+    for name, data in (("normal", normal), ("skewed", normal.exp())):
+        for statistic, formula in SKETCHES.items():
+            wanted = partial(formula, directions=w)
+            for dtype, setting in SETTINGS:
+                torch.set_float32_matmul_precision(setting)
+                z = data.to(dtype)
+                ours = partial(
+                    functional.sliced_sketch_loss,
+                    directions=w.float(),
+                    statistic=statistic,
+                    impl="triton",
+                )
+                row = [f"{error:.1e}" for error in errors(ours, z, wanted)]
+                table.add_row(f"{name} {statistic} {dtype}", setting, "kernels", *row)
+            plain = partial(formula, directions=w.float())
+            row = [f"{error:.1e}" for error in errors(plain, data.float(), wanted)]
+            table.add_row(f"{name} {statistic} torch.float32", "", "published formula", *row)
     return table
 
 
@@ -117,7 +148,8 @@ def floors() -> Table:
 def main() -> None:
     console = Console()
     before = torch.get_float32_matmul_precision()
-    for table in (floors, covariance_errors, outlier_errors, narrow_column_errors):
+    tables = floors, covariance_errors, outlier_errors, narrow_column_errors, sketch_errors
+    for table in tables:
         console.print(table())
     torch.set_float32_matmul_precision(before)
 

@@ -1,7 +1,7 @@
-"""Shapes, floors, the suite and single measurements of the GPU benchmark."""
+"""The covariance term on a GPU: shapes, floor, competitors; and what all suites measure by."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +28,7 @@ Shape = tuple[int, int, int]
 Loss = Callable[[Tensor], Tensor]
 
 COMPILE_SECONDS = 40.0
+ROW_SECONDS = 20.0  # all else of a row
 BEAT_EAGER = 8.0  # wanted of ours over the published formula at the headline shape
 
 
@@ -84,10 +85,17 @@ TINY = Sizes(
 
 
 class Rates(NamedTuple):
-    """What the chip can do in a second: 16-bit operations of its tensor cores, bytes of memory."""
+    """What the chip can do in a second; the defaults are an H200's under load.
+
+    Attributes:
+        flops: 16-bit operations of its tensor cores.
+        bytes: of memory.
+        clocks: of all processors together.
+    """
 
     flops: float = 790e12
     bytes: float = 4.3e12
+    clocks: float = 132 * 1.755e9
 
 
 def floor_us(
@@ -95,10 +103,11 @@ def floor_us(
 ) -> float:
     """The time below which the covariance term cannot be evaluated this way, in microseconds.
 
-    With m = min(N, D): the forward reads the input twice and writes a centred copy of ``parts``
-    16-bit numbers for each element; then half of a symmetric product, 1 or (of two parts) 3 times
-    N D m operations, while it reads the copy and writes m x m. The backward is a whole product,
-    which reads both and writes the gradient. Each product is bound by operations or by memory.
+    With m = min(N, D): the forward reads the input (a second time from a cache, at best) and writes
+    a centred copy of ``parts`` 16-bit numbers for each element; then half of a symmetric product, 1
+    or (of two parts) 3 times N D m operations, while it reads the copy and writes m x m. The
+    backward is a whole product, which reads both and writes the gradient. Each product is bound by
+    operations or by memory.
 
     Args:
         shape: (V, N, D).
@@ -107,7 +116,7 @@ def floor_us(
         forward_only: without the backward.
         rates: of the chip.
     """
-    flops, bandwidth = rates or Rates()
+    flops, bandwidth, _ = rates or Rates()
     views, samples, dimensions = shape
     m = min(samples, dimensions)
     elements = views * samples * dimensions
@@ -120,8 +129,9 @@ def floor_us(
     return 1e6 * (forward if forward_only else forward + backward)
 
 
-def ceilings(bench: Bench, sizes: Sizes) -> Row:
+def ceilings(bench: Bench) -> Row:
     """Rates of this chip: bytes of a copy, operations of 16-bit and float32 products."""
+    sizes = TINY if bench.dry else FULL
     x = torch.zeros(sizes.copied, dtype=torch.uint8, device=bench.device)
     rates = {"bytes": 2e6 * x.numel() / bench.time_us([partial(torch.empty_like(x).copy_, x)])}
     half, single = (torch.float16, sizes.side), (torch.float32, sizes.side // 2)
@@ -132,11 +142,11 @@ def ceilings(bench: Bench, sizes: Sizes) -> Row:
     del x, a
     if not bench.dry:
         torch.cuda.empty_cache()
-    return {**rates, "summary": [_listed(rates)]}
+    return {**rates, "summary": [listed(rates)]}
 
 
 class Competitor(NamedTuple):
-    """A way to evaluate the covariance term; the published formula has bfloat16 under autocast."""
+    """A way to evaluate a loss; the published formula has 16 bits under autocast."""
 
     name: str
     kind: str  # "triton" and "torch" are ours; "compiled" is the published formula, too
@@ -157,6 +167,7 @@ COMPETITORS = (
     Competitor("compiled bf16", "compiled", torch.bfloat16, "highest", 1),
     Competitor("compiled high", "compiled", torch.float32, "high", 1),
 )
+OURS = ("triton", "torch")
 BY_NAME = {competitor.name: competitor for competitor in COMPETITORS}
 
 
@@ -167,9 +178,13 @@ def label(shape: Shape) -> str:
 
 def loss_of(competitor: Competitor, bench: Bench) -> Loss:
     """What maps (V, N, D) embeddings to the covariance term."""
-    if competitor.kind in ("triton", "torch"):
+    if competitor.kind in OURS:
         return vl.CovarianceLoss(impl=competitor.kind)
-    function = published.covariance
+    return as_trained(published.covariance, competitor, bench)
+
+
+def as_trained(function: Loss, competitor: Competitor, bench: Bench) -> Loss:
+    """A published formula, compiled or not; under autocast where the embeddings have 16 bits."""
     if competitor.kind == "compiled":
         backend = "eager" if bench.dry else "inductor"
         function = torch.compile(function, dynamic=False, backend=backend)
@@ -177,7 +192,7 @@ def loss_of(competitor: Competitor, bench: Bench) -> Loss:
         return function
 
     def under_autocast(z: Tensor) -> Tensor:
-        with torch.autocast(bench.device.type, torch.bfloat16):
+        with torch.autocast(bench.device.type, competitor.dtype):
             return function(z)
 
     return under_autocast
@@ -188,71 +203,111 @@ def step(loss: Loss, z: Tensor) -> Tensor:
     return torch.autograd.grad(loss(z), z)[0]
 
 
-def measured(bench: Bench, shape: Shape, competitor: Competitor, rates: Rates, free: int) -> Row:
-    """Times, peak memory and share of the floor of one competitor at one shape."""
-    is_ours = competitor.kind in ("triton", "torch")
-    needed = 6 * 4 * shape[2] ** 2  # float32 matrices D x D
-    if not is_ours and needed > 0.6 * free:
-        raise Skip(f"needs {needed >> 20} MiB, {free >> 20} MiB are free")
+def measured(
+    bench: Bench,
+    shape: Shape,
+    competitor: Competitor,
+    make: Callable[[], Loss],
+    floor: Callable[[bool], float],
+) -> Row:
+    """Times, peak memory and share of the floor of one competitor at one shape.
+
+    Args:
+        bench: the device.
+        shape: (V, N, D).
+        competitor: who.
+        make: makes the loss.
+        floor: the floor in microseconds; its argument says whether of the forward alone.
+    """
     row: Row = {}
-    with precision(competitor.precision):
-        copies = bench.copies(*shape, dtype=competitor.dtype)
-        loss = loss_of(competitor, bench)
-        try:
+    try:
+        with precision(competitor.precision):
+            copies = bench.copies(*shape, dtype=competitor.dtype)
+            loss = make()
             if competitor.kind == "compiled":
                 begin = time.perf_counter()
                 with time_limit(COMPILE_SECONDS):
                     step(loss, copies[0])
                     bench.sync()
                 row["compile_s"] = time.perf_counter() - begin
-            for which, call in (("forward", loss), ("step", partial(step, loss))):
-                calls = [partial(call, z) for z in copies]
-                size = competitor.dtype.itemsize
-                floor = floor_us(shape, size, competitor.parts, which == "forward", rates)
-                time_us = bench.time_us(calls)
-                row[f"{which}_us"] = time_us
-                row[f"{which}_floor_us"] = floor
-                row[f"{which}_of_floor"] = floor / time_us
-                row[f"{which}_peak_mib"] = bench.peak_mib(calls[0])
-        finally:
-            if competitor.kind == "compiled":
-                torch._dynamo.reset()
+            with time_limit(ROW_SECONDS):
+                for which, call in (("forward", loss), ("step", partial(step, loss))):
+                    calls = [partial(call, z) for z in copies]
+                    row[f"{which}_us"] = time_us = bench.time_us(calls)
+                    row[f"{which}_floor_us"] = least = floor(which == "forward")
+                    row[f"{which}_of_floor"] = least / time_us
+                    row[f"{which}_peak_mib"] = bench.peak_mib(calls[0])
+    except (TimeoutError, torch.OutOfMemoryError) as error:
+        raise Skip(f"{type(error).__name__}: {error}"[:200]) from None
+    finally:
+        if competitor.kind == "compiled":
+            torch._dynamo.reset()
     return row
 
 
-def suite(stage: Stage, sizes: Sizes, rates: Rates) -> None:
+def free_bytes(bench: Bench) -> int:
+    """Free memory of the device."""
+    return 1 << 40 if bench.dry else torch.cuda.mem_get_info()[0]
+
+
+def require(needed: float, free: float) -> None:
+    """Leave a row out that would not fit the memory."""
+    if needed > free:
+        raise Skip(f"needs {needed / MIB:.0f} MiB, {free / MIB:.0f} MiB are free")
+
+
+def covariance_row(
+    bench: Bench, shape: Shape, competitor: Competitor, rates: Rates, free: int
+) -> Row:
+    """The covariance term by one competitor at one shape."""
+    if competitor.kind not in OURS:
+        require(6 * 4 * shape[2] ** 2, 0.6 * free)  # float32 matrices D x D
+    floor = partial(floor_us, shape, competitor.dtype.itemsize, competitor.parts, rates=rates)
+    return measured(bench, shape, competitor, partial(loss_of, competitor, bench), floor)
+
+
+def suite(stage: Stage, rates: Rates) -> None:
     """All competitors at all shapes: the named ones first, compiled ones after the others."""
     bench = stage.bench
-    free = 1 << 40 if bench.dry else torch.cuda.mem_get_info()[0]
+    sizes, free, first = TINY if bench.dry else FULL, free_bytes(bench), len(stage.asked)
     for shapes in (sizes.named, sizes.sweep):
         for compiled in (False, True):
             for shape in shapes:
                 for competitor in COMPETITORS:
                     if (competitor.kind == "compiled") == compiled:
-                        name = f"{label(shape)} {competitor.name}"
-                        stage.row(name, partial(measured, bench, shape, competitor, rates, free))
+                        row = partial(covariance_row, bench, shape, competitor, rates, free)
+                        stage.row(f"{label(shape)} {competitor.name}", row)
             if shapes is sizes.named and not compiled:
-                _launches(stage, sizes)
-    columns = ("forward_us", "step_us", "step_floor_us", "step_of_floor", "step_peak_mib")
-    table = [
-        [name, *(row.get(column, "error" if "error" in row else None) for column in columns)]
-        for name, row in stage.rows.items()
-        if not name.startswith(("host", "graph"))
-    ]
-    print_table("covariance term: microseconds, MiB", ("shape, by", *columns), table)
+                for small in sizes.host:
+                    for name in ("triton bf16", "torch bf16", "published bf16"):
+                        z = bench.randn(*small, dtype=torch.bfloat16).requires_grad_()
+                        call = partial(step, loss_of(BY_NAME[name], bench), z)
+                        launches(stage, f"{label(small)} {name}", call)
+    print_suite(stage, "covariance term", stage.asked[first:])
     _summarise(stage, sizes)
 
 
-def _launches(stage: Stage, sizes: Sizes) -> None:
-    """Host time of forward and backward, and its time as a CUDA graph."""
-    bench = stage.bench
-    for shape in sizes.host:
-        for name in ("triton bf16", "torch bf16", "published bf16"):
-            z = bench.randn(*shape, dtype=torch.bfloat16).requires_grad_()
-            call = partial(step, loss_of(BY_NAME[name], bench), z)
-            stage.row(f"host {label(shape)} {name}", partial(bench.host, call))
-            if name.startswith("triton"):
-                stage.row(f"graph {label(shape)} {name}", partial(bench.replay, call))
+def launches(stage: Stage, name: str, call: Call) -> None:
+    """Host time of forward and backward, and ours as a CUDA graph."""
+    stage.row(f"host {name}", partial(stage.bench.host, call))
+    if " triton " in name:
+        stage.row(f"graph {name}", partial(stage.bench.replay, call))
+
+
+def print_suite(stage: Stage, title: str, names: Sequence[str]) -> None:
+    """Forward and backward as a table; all else as lines of the summary."""
+    columns = ("forward_us", "step_us", "step_floor_us", "step_of_floor", "step_peak_mib")
+    rows = {name: stage.rows[name] for name in names if name in stage.rows}
+    alone = [name for name in rows if name.startswith(("host", "graph", "sort", "draw"))]
+    table = [
+        [name, *(row.get(column, "error" if "error" in row else None) for column in columns)]
+        for name, row in rows.items()
+        if name not in alone
+    ]
+    print_table(f"{title}: microseconds, MiB", ("shape, by", *columns), table)
+    for name in alone:
+        if "error" not in rows[name]:
+            stage.say(f"{name}: {listed(rows[name])}")
 
 
 def _summarise(stage: Stage, sizes: Sizes) -> None:
@@ -267,14 +322,14 @@ def _summarise(stage: Stage, sizes: Sizes) -> None:
             entry = {"ratio": ours / floor, "wanted": wanted, "met": ours <= wanted * floor}
             entry["ratio_at_usual_rates"] = ours / floor_us(shape, 2, 1, False)
             targets.append({"shape": label(shape), **entry})
-            stage.say(f"{label(shape)} bf16: {ours:.1f} us, floor {floor:.1f} us, {_listed(entry)}")
+            stage.say(f"{label(shape)} bf16: {ours:.1f} us, floor {floor:.1f} us, {listed(entry)}")
     headline = next(iter(sizes.targets))
     for kind in ("bf16", "highest"):
         ours, other = took(headline, f"triton {kind}"), took(headline, f"published {kind}")
         if ours and other:
             entry = {"ratio": other / ours, "wanted": BEAT_EAGER, "met": other >= BEAT_EAGER * ours}
             targets.append({"published over triton": kind, **entry})
-            stage.say(f"{label(headline)} {kind}, published over triton: {_listed(entry)}")
+            stage.say(f"{label(headline)} {kind}, published over triton: {listed(entry)}")
     for shape in (*sizes.named, *sizes.sweep):
         for kind in ("bf16", "high"):
             ours, other = took(shape, f"triton {kind}"), took(shape, f"compiled {kind}")
@@ -283,68 +338,8 @@ def _summarise(stage: Stage, sizes: Sizes) -> None:
                 slower.append(f"{label(shape)} {kind} {ours / other:.2f}x")
     stage.record |= {"targets": targets, "slower_than_compiled": slower}
     stage.say(f"slower than torch.compile, of {compared}: {', '.join(slower) or 'none'}")
-    for name, row in stage.rows.items():
-        if name.startswith(("host", "graph")) and "error" not in row:
-            stage.say(f"{name}: {_listed(row)}")
 
 
-def _listed(row: Row) -> str:
+def listed(row: Row) -> str:
+    """A row as one line."""
     return ", ".join(f"{key} {figure(value)}" for key, value in row.items())
-
-
-def fastest(**times: float) -> Row:
-    """Times in microseconds, and whose is the shortest."""
-    return {"fastest": min(times, key=times.__getitem__), **{f"{k}_us": times[k] for k in times}}
-
-
-def matrix_product(bench: Bench, a: Tensor, b: Tensor, wide: bool) -> Call:
-    """A call of `torch.mm`; CPUs have none with a float32 result."""
-    options = {"out_dtype": torch.float32} if wide and not bench.dry else {}
-    return partial(torch.mm, a, b, **options)
-
-
-def sorting(bench: Bench, elements: int, length: int, dtype: torch.dtype) -> Row:
-    """Rate of `torch.sort` along rows."""
-    x = bench.randn(elements // length, length, dtype=dtype)
-    return {"gkeys_s": 1e-3 * elements / bench.time_us([partial(torch.sort, x)], 20.0)}
-
-
-def forms(bench: Bench, shape: Shape) -> Row:
-    """Forward and backward by the two forms."""
-    z = bench.copies(*shape, dtype=torch.bfloat16)
-    losses = {form: vl.CovarianceLoss(form, impl="triton") for form in ("gram", "feature")}
-    times = {k: bench.time_us([partial(step, loss, x) for x in z]) for k, loss in losses.items()}
-    return fastest(**times)
-
-
-def small(bench: Bench, shape: Shape) -> Row:
-    """Forward and backward: on the device, and as the host waits for it."""
-    z = bench.copies(*shape, dtype=torch.bfloat16)
-    times, row = {}, {}
-    for kind in ("triton", "torch", "published"):
-        loss = loss_of(BY_NAME[f"{kind} bf16"], bench)
-        times[kind] = bench.time_us([partial(step, loss, x) for x in z])
-        row[f"{kind}_wall_us"] = bench.host(partial(step, loss, z[0]))["wall_us"]
-    return fastest(**times) | row
-
-
-def scattering(bench: Bench, elements: int) -> Row:
-    """Permuting each row of 16-bit numbers, with indices of 64 bits, against a copy."""
-    side = int(elements**0.5)
-    x = bench.randn(side, side, dtype=torch.float16)
-    out, place = torch.empty_like(x), bench.randn(side, side).argsort(1)
-    scatter = bench.time_us([partial(out.scatter_, 1, place, x)], 10.0)
-    return fastest(scatter=scatter, copy=bench.time_us([partial(out.copy_, x)], 10.0))
-
-
-def projections(bench: Bench, samples: int, depth: int) -> Row:
-    """A product with a 16-bit and with a float32 result."""
-    a = bench.randn(samples, depth, dtype=torch.float16)
-    times = [bench.time_us([matrix_product(bench, a, a.T, wide)], 10.0) for wide in (False, True)]
-    return fastest(half=times[0], single=times[1])
-
-
-def cached(bench: Bench, mib: int) -> Row:
-    """Rate of reading a buffer again and again."""
-    x = bench.randn(mib * MIB // 4)
-    return {"tb_s": 1e-6 * mib * MIB / bench.time_us([x.sum], 5.0)}

@@ -1,15 +1,11 @@
-"""Tools of the GPU benchmark: timing, stages that survive errors, tables; tests as processes."""
+"""Tools of the GPU benchmark: timing, stages that survive errors, processes, tables."""
 
 import itertools
 import json
 import os
-import platform
-import re
-import shutil
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -19,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +101,8 @@ class Bench:
     def host(self, call: Call) -> Row:
         """Microseconds of one of 20 calls: of the host alone, and until the device is done."""
         count = 1 if self.dry else 20
-        call(), call()
+        if not self.dry:
+            call(), call()
         self.sync()
         begin = time.perf_counter()
         for _ in range(count):
@@ -154,10 +150,16 @@ class Stage:
         empty: Row = {"rows": {}, "skipped": {}, "summary": []}
         self.record: Row = json.loads(path.read_text()) if path.exists() else empty
         self.rows: dict[str, Row] = self.record["rows"]
-        self.say = self.record["summary"].append
+        self.asked: list[str] = []  # names of rows, measured or not, by this process or before
+
+    def say(self, line: str) -> None:
+        """Add a line to the summary, once."""
+        if line not in self.record["summary"]:
+            self.record["summary"].append(line)
 
     def row(self, name: str, measure: Callable[[], Row]) -> None:
         """Measure and record, unless that has been done or it is too late."""
+        self.asked.append(name)
         if name in self.rows or name in self.record["skipped"]:
             return
         if time.time() > self.deadline:
@@ -278,71 +280,3 @@ def figure(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def machine(bench: Bench, arch: str) -> Row:
-    """What the figures depend on."""
-
-    def output(*command: str) -> str | None:
-        code, text = run_process(command, 10) if shutil.which(command[0]) else (None, "")
-        return text.strip() if code == 0 else None
-
-    changes = output("git", "status", "--porcelain")
-    row: Row = {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "commit": output("git", "rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "arch": arch,
-    }
-    if not bench.dry:
-        chip = torch.cuda.get_device_properties(0)
-        row |= {"gpu": chip.name, "capability": f"{chip.major}.{chip.minor}"}
-        row |= {"processors": chip.multi_processor_count, "memory_mib": chip.total_memory // MIB}
-    return {**row, "summary": [", ".join(f"{key} {value}" for key, value in row.items())]}
-
-
-def run_tests(seconds: float, dry: bool) -> Row:
-    """The tests of the kernels, in a process; in a dry run pytest's version instead."""
-    files = [f"tests/test_{name}.py" for name in ("gpu", "kernels", "plan")]
-    flags = ["-q", "-W", "default", "-k", "not without_a_device and not gate"]
-    what = ["--version"] if dry else [*files, *flags]
-    code, output = run_process([sys.executable, "-m", "pytest", *what], seconds)
-    counts = count_tests(output := output[-4000:])
-    green = code == 0 and counts["passed"] > 0
-    summary = [f"green {green}, exit {code}, {counts}", *output.strip().splitlines()[-1:]]
-    return {"green": green, "exit": code, "counts": counts, "tail": output, "summary": summary}
-
-
-def count_tests(output: str) -> dict[str, int]:
-    """Numbers in the last line of pytest."""
-    line = output.strip().rpartition("\n")[2]
-    words = {"passed": "passed", "failed": "failed", "skipped": "skipped", "errors": "errors?"}
-    return {k: sum(map(int, re.findall(rf"(\d+) {word}\b", line))) for k, word in words.items()}
-
-
-def sanitize(seconds: float, dry: bool) -> Row:
-    """The tools of compute-sanitizer over a small forward and backward."""
-    deadline = time.time() + seconds
-    command = [sys.executable, "-m", "benchmarks.gpu", "--sanitize-target"]
-    command += ["--dry-run"] * dry
-    code, output = run_process(command, min(60.0, seconds))  # also compiles, for the next ones
-    result: Row = {"alone": {"exit": code, "tail": output[-1000:]}, "summary": [f"alone {code}"]}
-    folders = f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
-    tool = shutil.which("compute-sanitizer", path=folders)
-    if tool is None:
-        return {**result, "missing": "compute-sanitizer", "summary": [f"alone {code}, no tool"]}
-    for check in ("memcheck", "racecheck", "initcheck"):
-        left = deadline - time.time()
-        env = {} if check == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        flags = ["--tool", check, "--error-exitcode", "1"]
-        flags += ["--report-api-errors", "no"] * (check == "memcheck")  # failed queries are normal
-        code, output = run_process([tool, *flags, *command], min(60.0, left), env)  # 1 s at least
-        lines = re.findall(r"(?:ERROR|RACECHECK) SUMMARY:.*", output)
-        result[check] = {"exit": code, "errors": lines, "tail": output[-1500:]}
-        result["summary"].append(f"{check}: exit {code}, {', '.join(lines) or 'no summary'}")
-    return result

@@ -39,22 +39,55 @@ def unit_directions(dimensions: int, slices: int) -> Tensor:
 
 def visreg_terms(z: Tensor, slices: int) -> Tensor:
     """Scale, shape and centre, with slices drawn at every call."""
-    samples = z.shape[1]
+    return visreg(z, unit_directions(z.shape[2], slices))
+
+
+def visreg(z: Tensor, directions: Tensor) -> Tensor:
+    """Scale, shape and centre, along given directions."""
     centered = z - z.mean(1, keepdim=True)
-    sigma = centered.norm(dim=1, keepdim=True) / samples**0.5 + 1e-6
-    p = (centered / sigma.detach()) @ unit_directions(z.shape[2], slices)
-    levels = torch.arange(1, samples + 1, dtype=z.dtype) / (samples + 1)
-    targets = 2**0.5 * torch.erfinv(2 * levels - 1)
-    shape = (p.sort(dim=1).values - targets[:, None]).square().mean()
+    sigma = _deviation(centered)
+    shape = _distance(centered / sigma.detach(), directions)
     return (1 - sigma).square().mean() + shape + z.mean(1).square().mean()
+
+
+def visreg_loss(z: Tensor, directions: Tensor, weight: float = 0.9) -> Tensor:
+    """All of VISReg, along given directions."""
+    invariance = (z - z.mean(0)).square().mean()
+    return (1 - weight) * invariance + weight * visreg(z, directions)
+
+
+def sliced_wasserstein(z: Tensor, directions: Tensor) -> Tensor:
+    """The shape term of VISReg alone."""
+    centered = z - z.mean(1, keepdim=True)
+    return _distance(centered / _deviation(centered.detach()), directions)
+
+
+def _deviation(centered: Tensor) -> Tensor:
+    return centered.norm(dim=1, keepdim=True) / centered.shape[1] ** 0.5 + 1e-6
+
+
+def _distance(x: Tensor, directions: Tensor) -> Tensor:
+    samples = x.shape[1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    levels = torch.arange(1, samples + 1, dtype=dtype, device=x.device) / (samples + 1)
+    targets = 2**0.5 * torch.erfinv(2 * levels - 1)
+    sorted_projections = (x @ directions).sort(dim=1).values
+    return (sorted_projections - targets[:, None]).square().mean()
 
 
 def sigreg(z: Tensor, slices: int, knots: int = 17, t_max: float = 3.0) -> Tensor:
     """Epps-Pulley statistic, with slices drawn at every call."""
-    t = torch.linspace(0, t_max, knots)
-    weights = torch.full((knots,), 2 * t_max / (knots - 1))
-    weights[[0, -1]] /= 2
+    return epps_pulley(z, unit_directions(z.shape[2], slices), knots, t_max)
+
+
+def epps_pulley(z: Tensor, directions: Tensor, knots: int = 17, t_max: float = 3.0) -> Tensor:
+    """Epps-Pulley statistic, along given directions."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    t = torch.linspace(0, t_max, knots, dtype=dtype, device=z.device)
+    weights = torch.full_like(t, 2 * t_max / (knots - 1))
+    weights[0] /= 2
+    weights[-1] /= 2
     target = torch.exp(-t.square() / 2)
-    phase = (z @ unit_directions(z.shape[2], slices)).unsqueeze(-1) * t
+    phase = (z @ directions).unsqueeze(-1) * t
     error = (phase.cos().mean(1) - target).square() + phase.sin().mean(1).square()
     return (error @ (weights * target) * z.shape[1]).mean()

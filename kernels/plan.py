@@ -269,15 +269,26 @@ class SketchPlan(NamedTuple):
     chunk: int
 
 
-# Projections at a time: 16 MiB of float32, which an L2 cache holds beside the operands.
-_PROJECTIONS = 1 << 22
+# Projections at a time: 16 MiB of float32, which an L2 cache holds beside the operands. Rows that
+# programs sort take so long that reading them from memory costs less than more launches: 256 MiB.
+_PROJECTIONS = {False: 1 << 22, True: 1 << 26}
 
 
-def sketch_plan(target: Target, shape: Shape, slices: int, parts: int) -> SketchPlan:
-    """Choose the blocks for a batch (V, N, D) and K slices."""
+def sketch_plan(
+    target: Target, shape: Shape, slices: int, parts: int, sorts: bool = False
+) -> SketchPlan:
+    """Choose the blocks for a batch (V, N, D) and K slices.
+
+    Args:
+        target: the chip.
+        shape: of the batch.
+        slices: K.
+        parts: 16-bit numbers for each element of an operand.
+        sorts: whether programs sort the rows.
+    """
     views, samples, dimensions = shape
     gradient = gradient_blocks(target, parts, views, samples, dimensions)
     padded = round_up(samples, gradient.rows), round_up(dimensions, gradient.columns)
     depth = gradient.depth
-    chunk = max(depth, _PROJECTIONS // (views * padded[0]) // depth * depth)
+    chunk = max(depth, _PROJECTIONS[sorts] // (views * padded[0]) // depth * depth)
     return SketchPlan(parts, gradient, padded, round_up(slices, depth), chunk)

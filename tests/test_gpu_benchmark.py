@@ -10,14 +10,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import oracles
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # `pytest` alone does not
 
+from benchmarks import gpu_sketch_cases as sketch
+from benchmarks import gpu_sketch_tuning as sketch_tuning
+from benchmarks import published
 from benchmarks.gpu_cases import FULL, TINY, Rates, floor_us
-from benchmarks.gpu_measure import Bench, Stage, count_tests, run_process, time_limit
+from benchmarks.gpu_checks import count_tests
+from benchmarks.gpu_measure import Bench, Skip, Stage, run_process, time_limit
+from benchmarks.gpu_sketch import straightness
+from benchmarks.gpu_sketch_cases import Case
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["machine", "ceilings", "tests", "sanitizer", "suite", "tuning", "thresholds"]
@@ -62,6 +69,142 @@ def test_shapes() -> None:
     for sizes in (FULL, TINY):
         assert set(sizes.targets) <= set(sizes.named)
         assert next(iter(sizes.targets)) == sizes.tuned[0] == sizes.stripped[0]
+
+
+# (N, D), K, and by hand the microseconds of an H200, forward and backward of 16-bit embeddings.
+SKETCH_FLOORS = [
+    ("wasserstein", 2048, 8192, 256, 56),
+    ("wasserstein", 256, 8192, 2048, 43),
+    ("wasserstein", 4096, 256, 4096, 154),
+    ("wasserstein", 4096, 2048, 2048, 165),
+    ("wasserstein", 16384, 2048, 2048, 736),
+    ("wasserstein", 65536, 512, 4096, 4453),
+    ("wasserstein", 2048, 65536, 256, 426),
+    ("epps_pulley", 4096, 256, 4096, 102),
+    ("epps_pulley", 4096, 2048, 4096, 254),
+    ("epps_pulley", 16384, 2048, 2048, 508),
+    ("epps_pulley", 65536, 512, 2048, 986),
+]
+
+
+@pytest.mark.parametrize(("loss", "samples", "dimensions", "slices", "by_hand"), SKETCH_FLOORS)
+def test_floor_of_the_sketch(
+    loss: str, samples: int, dimensions: int, slices: int, by_hand: float
+) -> None:
+    case = Case(loss, 1, samples, dimensions, slices)
+    assert sketch.floor_us(case, 2, 1, False) == pytest.approx(by_hand, rel=0.15)
+
+
+def test_floor_of_the_sort() -> None:
+    training = sketch.FULL.visreg
+    assert training == Case("wasserstein", 10, 1024, 256, 4096, torch.bfloat16)
+    elements = 10 * 1024 * 4096
+    once = sketch.sort_floor_us(elements, 1024, 1, Rates())
+    assert once == pytest.approx(228, rel=0.01)
+    assert sketch.sort_floor_us(elements, 1024, 2, Rates()) == 2 * once
+    assert sketch.sort_floor_us(elements, 1000, 1, Rates()) == once
+    assert sketch.sort_floor_us(elements, 1025, 1, Rates()) > once
+
+
+def test_floor_of_the_sketch_is_bound_by_work_or_by_memory() -> None:
+    n, d, k = 300, 70, 500
+    for views, loss in ((1, "wasserstein"), (3, "epps_pulley")):
+        case = Case(loss, views, n, d, k)
+        elements, projections, weights = views * n * d, views * n * k, d * k
+        work = Rates(flops=1.0, bytes=1e30, clocks=1e30)
+        assert sketch.floor_us(case, 2, 1, True, work) == pytest.approx(2e6 * elements * k)
+        assert sketch.floor_us(case, 4, 2, False, work) == pytest.approx(12e6 * elements * k)
+        each = {"wasserstein": 2 * 1.08, "epps_pulley": 140 / 128}[loss]
+        clocks = Rates(flops=1e30, bytes=1e30, clocks=1.0)
+        found = sketch.floor_us(case, 4, 2, True, clocks)
+        assert found == pytest.approx(1e6 * each * projections)
+        memory = Rates(flops=1e30, bytes=1.0, clocks=1e30)
+        passes = (4 + 4 + 4) * elements + 4 * weights
+        forward = passes + 4 * (elements + weights) + 4 * projections
+        assert sketch.floor_us(case, 4, 2, True, memory) == pytest.approx(1e6 * forward)
+        both = forward + 4 * projections + 4 * weights + 4 * elements
+        assert sketch.floor_us(case, 4, 2, False, memory) == pytest.approx(1e6 * both)
+
+
+def test_sketch_cases() -> None:
+    full = sketch.FULL
+    assert [(c.views, c.dimensions, c.slices) for c in full.cost] == [(8, 10000, 2500)] * 6
+    assert [c.samples for c in full.cost] == [1000, 2000, 5000, 10000, 20000, 50000]
+    assert {c.half for c in full.cost} == {torch.float16}
+    assert (full.sigreg.shape, full.sigreg.slices) == ((1, 4096, 256), 4096)
+    for sizes in (full, sketch.TINY):
+        assert len(set(sizes.others)) == len(sizes.others)
+        for axis, cases in sizes.axes.items():
+            values = [getattr(case, axis) for case in cases]
+            assert values == sorted(set(values))
+            assert len({case._replace(**{axis: 0}) for case in cases}) == 1
+            assert set(cases) & set(sizes.cost)  # where the sweeps meet
+
+
+def test_what_does_not_fit_is_left_out() -> None:
+    last = sketch.FULL.cost[-1]
+    needed = sketch.needed_bytes(last, last.competitor("published", "half"))
+    assert 80e9 < needed < 120e9
+    assert sketch.needed_bytes(last, last.competitor("triton", "half")) < 0.3 * needed
+    row = last, last.competitor("published", "half"), Rates(), int(needed)
+    with pytest.raises(Skip, match="MiB are free"):
+        sketch.row_of(Bench(dry=True), *row)
+
+
+FORMULAS = {
+    "wasserstein": oracles.sliced_wasserstein,
+    "epps_pulley": oracles.epps_pulley,
+    "visreg": oracles.visreg,
+}
+
+
+@pytest.mark.parametrize("loss", FORMULAS)
+@pytest.mark.parametrize("kind", ["published", "torch", "triton"])
+def test_competitors_evaluate_the_same(loss: str, kind: str) -> None:
+    bench, case = Bench(dry=True), Case(loss, 2, 9, 5, 2)
+    z = oracles.embeddings(2, 9, 5, dtype=torch.float32)
+    torch.manual_seed(1)
+    found = sketch.loss_of(case, case.competitor(kind, "highest"), bench)
+    torch.manual_seed(1)
+    w = sketch.unit_columns(bench, 5, 2)
+    true = oracles.truth(lambda x: FORMULAS[loss](x, w), z)
+    assert max(map(oracles.error, oracles.value_and_grad(found, z), true)) <= 1e-5
+
+
+def test_published_formulas_with_drawn_and_with_given_slices() -> None:
+    z = oracles.embeddings(2, 9, 5, dtype=torch.float32)
+    pairs = (published.visreg_terms, published.visreg), (published.sigreg, published.epps_pulley)
+    for drawing, given in pairs:
+        torch.manual_seed(2)
+        drawn = drawing(z, 4)
+        torch.manual_seed(2)
+        assert torch.equal(drawn, given(z, published.unit_directions(5, 4)))
+
+
+def test_straightness() -> None:
+    sizes = [1.0, 2.0, 4.0, 8.0]
+    assert straightness(sizes, [3 * x for x in sizes], False) == pytest.approx((1, 0))
+    # 1 to 8 for each, 3.5 from the middle of 4.5.
+    assert straightness(sizes, [x * x for x in sizes], False) == pytest.approx((2, 7 / 9))
+    exponent, distance = straightness(sizes, [3 * x + 5 for x in sizes], True)
+    assert exponent < 1
+    assert distance == pytest.approx(0, abs=1e-12)
+    assert straightness(sizes, [x * x for x in sizes], True)[1] > 0.15
+
+
+def test_networks_of_the_tuning() -> None:
+    bench, lengths = Bench(dry=True), sketch_tuning.FULL.lengths
+    current = {
+        (length, order): sketch_tuning.network_of(bench, length, order)
+        for length in lengths
+        for order in sketch_tuning.ORDERS
+    }
+    for (length, order), planned in current.items():
+        for warps in sketch_tuning.other_warps(bench, length, order):
+            other = sketch_tuning.network_of(bench, length, order, warps)
+            assert (1 << other.bits, other.warps) == (length, warps)
+            assert other != planned
+        assert sketch_tuning.network_of(bench, length, order) == planned
 
 
 def test_a_stage_survives_errors_resumes_and_ends(tmp_path: Path) -> None:
@@ -125,11 +268,20 @@ def test_dry_run(tmp_path: Path) -> None:
     assert "error" not in set(keys(record)), done.stdout[-6000:]
     assert record["machine"]["arch"] == "interpreter"
     assert record["tests"]["green"] is False
-    assert len(record["suite"]["rows"]) == 10 * 2 + 3
+    rows = record["suite"]["rows"]
+    assert sum(name[0].isdigit() for name in rows) == 10 * 2
+    for kind in ("triton", "torch", "published", "compiled"):
+        for case in (sketch.TINY.visreg, sketch.TINY.sigreg, *sketch.TINY.others):
+            row = rows[f"{case.name} {kind} half"]
+            assert row["step_us"] > 0
+            assert row["step_floor_us"] > row["forward_floor_us"] > 0
+    judged = record["suite"]["sketch_targets"]
+    assert sum(entry["met"] is None for entry in judged) == 1  # there is no memory to measure
     # Nothing is left out but what needs CUDA.
     skipped = [name for stage in record.values() for name in stage.get("skipped", ())]
-    assert skipped == ["graph 1x16x40 triton bf16"]
+    assert len(skipped) == 4
+    assert all(name.startswith("graph ") for name in skipped)
     assert {question.split()[0] for question in record["thresholds"]["answers"]} == set("12345678")
     summary = done.stdout[done.stdout.rindex("== machine: ") :]
-    assert len(summary) < 6000 and all(f"== {stage}: " in summary for stage in STAGES)  # noqa: PT018
+    assert len(summary) < 12000 and all(f"== {stage}: " in summary for stage in STAGES)  # noqa: PT018
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]

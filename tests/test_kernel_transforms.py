@@ -75,6 +75,18 @@ def test_compiled_code_follows_the_precision() -> None:
     assert torch.equal(seen[0], seen[2])
 
 
+@pytest.mark.parametrize("term", SKETCHES, ids=str)
+def test_compiled_sketch_of_any_size(term: Term) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(kernels(term), fullgraph=True, backend="aot_eager", dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    for samples in (12, 13, *range(30, 280, 50)):  # across networks and tiles
+        z = data((1, samples, 9))
+        expected = value_and_grad(kernels(term), z)
+        assert all(map(torch.equal, value_and_grad(compiled, z), expected))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
 def test_compiled_code_of_any_size() -> None:
     torch.compiler.reset()
     loss = kernels(COVARIANCE)

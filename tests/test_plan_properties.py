@@ -53,3 +53,45 @@ def test_strips(chip: Target, views: int, samples: int, dimensions: int) -> None
     assert cut.splits * cut.split_rows >= samples > (cut.splits - 1) * cut.split_rows
     assert cut.split_rows % cut.rows == 0
     assert 1 <= cut.splits <= 128
+
+
+@given(st.sampled_from(CHIPS), st.integers(2, 20_000), st.booleans())
+def test_networks(chip: Target, samples: int, exact: bool) -> None:
+    """A permutation of the bits, the local ones first; up to the lengths that are promised."""
+    network = plan.network(chip, samples, exact)
+    if samples > (8192 if exact else 16384):
+        assert network is None
+        return
+    bits = range(network.bits)
+    assert samples <= 1 << network.bits < max(128, 2 * samples)
+    assert sorted(network.places) == [*bits]
+    flags = [network.local[place] for place in network.places]
+    assert flags == sorted(flags, reverse=True)
+    assert set(flags) <= {0, 1}
+    lanes = 6 if chip.arch.startswith("gfx") else 5
+    assert 2 ** (network.bits - sum(flags)) == network.warps << lanes
+    assert 2 ** sum(flags) <= 32  # words of a thread
+
+
+@given(
+    st.sampled_from(CHIPS),
+    st.integers(1, 12),
+    SIZES,
+    SIZES,
+    SIZES,
+    st.sampled_from([1, 2]),
+    st.booleans(),
+)
+def test_sketch_plans(
+    chip: Target, views: int, samples: int, dimensions: int, slices: int, parts: int, sorts: bool
+) -> None:
+    cut = plan.sketch_plan(chip, (views, samples, dimensions), slices, parts, sorts)
+    blocks = cut.gradient
+    assert cut.padded[0] % blocks.rows == 0
+    assert cut.padded[1] % blocks.columns == 0
+    assert cut.slices % blocks.depth == cut.chunk % blocks.depth == 0
+    assert blocks.depth % 16 == 0  # slices of one program of the directions
+    sizes = (samples, dimensions, slices), (*cut.padded, cut.slices)
+    assert all(size <= padded < size + 256 for size, padded in zip(*sizes, strict=True))
+    projections = cut.chunk * views * cut.padded[0]
+    assert cut.chunk == blocks.depth or projections <= plan._PROJECTIONS[sorts]

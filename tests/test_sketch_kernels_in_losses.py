@@ -189,6 +189,16 @@ def test_keeping_nothing_gives_the_same_value(term: oracles.Term) -> None:
     assert torch.equal(value, loss(z.requires_grad_()))
 
 
+@each_sketch
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing(term: oracles.Term, dtype: torch.dtype) -> None:
+    z = data((2, 12, D))
+    loss = term.library(functional, 3, impl="triton")
+    expected = value_and_grad(loss, z)
+    with torch.autocast(DEVICE, dtype):
+        assert all(map(torch.equal, value_and_grad(loss, z), expected))
+
+
 def test_second_derivatives_are_refused() -> None:
     z = data((1, 12, D)).requires_grad_()
     value = functional.sliced_sketch_loss(z, num_slices=2, generator_seed=0, impl="triton")

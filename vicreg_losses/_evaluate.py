@@ -5,7 +5,6 @@ In plain PyTorch; :mod:`._fused` has the same three functions over Triton kernel
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def evaluate(
     Returns:
         Variance, centre, covariance, sketch, those that are asked for, 0-dim; then the residue.
     """
-    with full_precision(views[0].device):
+    with primitives.full_precision(views[0].device):
         return _evaluate(request, views, directions, keep)
 
 
@@ -153,7 +152,7 @@ def gradient(
         views: not needed here.
         dtype: of the result.
     """
-    with full_precision(values[0].device):
+    with primitives.full_precision(values[0].device):
         return _gradient(request, shape, values, residue, upstream).to(dtype)
 
 
@@ -210,13 +209,6 @@ def finite_scale(upstream: Tensor, value: Tensor, factor: float = 1.0) -> Tensor
     """
     scale = torch.add(upstream, value, alpha=0)
     return scale if factor == 1 else scale.mul_(factor)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside, whatever the caller has."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def batch(views: Sequence[Tensor]) -> tuple[Tensor, bool]:

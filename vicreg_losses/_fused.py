@@ -12,14 +12,23 @@ import torch
 from torch import Tensor
 
 from ._request import Request, batch_shape, uses_gram
-from ._torch import knot_table, quantiles
+from ._torch import full_precision, knot_table, quantiles
 from .kernels.centering import center, own_tickets
 from .kernels.epps_pulley import Knots
 from .kernels.gradient import Term, column_gradient, product_gradient
 from .kernels.inner import inner_product
 from .kernels.launch import target
 from .kernels.moments import moments
-from .kernels.plan import Plan, SketchPlan, blocks, network, padding, plan, sketch_plan
+from .kernels.plan import (
+    Network,
+    Plan,
+    SketchPlan,
+    blocks,
+    network,
+    padding,
+    plan,
+    sketch_plan,
+)
 from .kernels.sketch import Sketch, residual_scale, sketch
 from .kernels.sketch_gradient import sketch_gradient
 from .kernels.sort import Targets, targets
@@ -60,7 +69,8 @@ def evaluate(
         assert directions is not None
         w = directions.resolve_neg()
         statistic = _statistic(request, samples, z.device)
-        value, kept = sketch(centered, w, shape, projection, statistic, keep)
+        with full_precision(z.device):  # for the library's product
+            value, kept = sketch(centered, w, shape, projection, statistic, keep)
         values.append(value)
         residue += kept or ()
     return values + residue if keep else values
@@ -84,7 +94,7 @@ def residue(request: Request, views: Sequence[Tensor]) -> list[Tensor]:
         kept.append(empty((parts, count, *padded), dtype=torch.float16))
         kept.append(empty((parts, count, side, side), dtype=torch.float16))
     elif request.sketch:
-        cut = _sketch_plan(request, shape, device)
+        cut = sketch_plan(target(device), shape, request.slices, parts)
         kept.append(empty((parts, cut.slices, count, cut.padded[0]), dtype=torch.float16))
         kept.append(empty((cut.slices, 2 * parts - 1, cut.padded[1]), dtype=torch.float16))
     return kept
@@ -158,7 +168,15 @@ def _plan(request: Request, shape: tuple[int, int, int], device: torch.device) -
 
 
 def _sketch_plan(request: Request, shape: tuple[int, int, int], device: torch.device) -> SketchPlan:
-    return sketch_plan(target(device), shape, request.slices, request.parts)
+    sorts = _network(request, shape[1], device) is not None
+    return sketch_plan(target(device), shape, request.slices, request.parts, sorts)
+
+
+def _network(request: Request, samples: int, device: torch.device) -> Network | None:
+    """How programs sort the rows, if they do."""
+    if request.sketch != "wasserstein":
+        return None
+    return network(target(device), samples, request.parts == 2)
 
 
 def _statistic(request: Request, samples: int, device: torch.device) -> Targets | Knots:
@@ -174,7 +192,7 @@ def _statistic(request: Request, samples: int, device: torch.device) -> Targets 
             return Knots(knot_table(number, t_max, like), t_max / (number - 1), bound)
 
         return _constant(("knots", number, t_max, device), knots)
-    cut = network(target(device), samples, request.parts == 2)
+    cut = _network(request, samples, device)
     key = ("targets", samples, request.quantiles, cut, device)
     return _constant(key, lambda: targets(quantiles(samples, request.quantiles, like), cut))
 

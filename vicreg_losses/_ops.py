@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import _compat, _opaque
 from ._dispatch import resolve
-from ._evaluate import finite_scale, full_precision
+from ._evaluate import finite_scale
 from ._request import Request, batch_shape, computing_dtype, gradient_dtype
-from ._torch import energy
+from ._torch import energy, full_precision
 
 
 def regularizers(

@@ -7,6 +7,7 @@ D dimensions; K is the number of slices.
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -29,6 +30,13 @@ _DIAGONAL_DOMINATES = 0.25
 def wide(x: Tensor) -> torch.dtype:
     """The dtype for long sums: float64, but for a device that has none."""
     return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside, whatever the caller has."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def energy(x: Tensor) -> Tensor:
