@@ -56,12 +56,11 @@ SHAPES = [
 SKETCHES = [
     (1, 40, 1, 1),
     (2, 200, 24, 70),
-    (1, 512, 256, 64),
     (10, 1024, 256, 4096),
-    (1, 2048, 8192, 256),
+    (1, 2048, 256, 4096),
     (1, 4096, 256, 4096),
-    (1, 8192, 2048, 1024),
-    (1, 16384, 2048, 1024),
+    (1, 8192, 256, 4096),
+    (1, 16384, 256, 4096),
     (8, 50000, 10000, 2500),
 ]
 # Bytes that a thread of a kernel may spill: the longest network, once, when the row is sorted.
@@ -139,7 +138,7 @@ def variants(
                 for request in _requests(dtype):
                     _step(request, torch.empty(shape, dtype=dtype, device="meta"))
         for *shape, slices in sketches:
-            for dtype in DTYPES:
+            for dtype in DTYPES[:2]:
                 for request in _sketch_requests(dtype, slices):
                     _step(request, torch.empty(shape, dtype=dtype, device="meta"))
             counter = torch.empty((), dtype=torch.int64, device="meta")
@@ -172,7 +171,8 @@ def _step(request: Request, z: torch.Tensor) -> None:
     values, residue = outputs[:count], outputs[count:]
     shape = (z.shape[0], z.shape[1], z.shape[2])
     _fused.gradient(request, shape, values, residue, values, [z], z.dtype)
-    _fused.evaluate(request, [z], w, keep=False)
+    if z.shape[1] <= 256 or not request.sketch:  # without a gradient long networks have room
+        _fused.evaluate(request, [z], w, keep=False)
 
 
 def _specialised(chip: str, kernel: Any, args: Any, options: dict[str, Any]) -> Variant:

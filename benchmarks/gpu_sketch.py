@@ -23,6 +23,7 @@ from benchmarks.gpu_sketch_cases import (
     sort_floor_us,
 )
 from vicreg_losses.kernels import directions, launch, plan
+from vicreg_losses.kernels.rows import Rows
 from vicreg_losses.kernels.sort import sort_residual, targets
 
 # Wanted: forward and backward, and the ratios of the published formula's time to ours.
@@ -88,7 +89,8 @@ def sort_call(
     scales = torch.ones(shape[1], 4, dtype=torch.float64, device=p.device)
     residual = torch.empty((parts, *shape), dtype=F16, device=p.device)
     sums = p.new_empty(shape[1], shape[0])
-    return partial(sort_residual, p, scales, 1.0, constants, residual, sums, 0, 1.0, parts)
+    rows = Rows(p, shape[2], scales, 1.0, residual, 1.0, sums, 0, parts)
+    return partial(sort_residual, rows, constants)
 
 
 def sort_name(case: Case) -> str:

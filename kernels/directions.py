@@ -206,6 +206,7 @@ def operand(
         ROWS=16,
         COLUMNS=128,
         VIEWS=4,
+        registers=128,  # not to be limited to fewer by an occupancy that it does not need
         num_warps=4,
     )
     return w, shift

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import launch
 from .device import barrier, doubled, unit_circle
+from .rows import Rows
 
 
 @triton.jit
@@ -195,71 +196,46 @@ class Knots(NamedTuple):
     bound: float
 
 
-def epps_pulley(
-    p: Tensor,
-    scales: Tensor,
-    unscale: float,
-    shift: Tensor,
-    knots: Knots,
-    samples: int,
-    residual: Tensor | None,
-    sums: Tensor,
-    first: int,
-    residual_scale: float,
-    parts: int,
-) -> None:
-    """Fill some slices of ``residual`` with the gradient of the statistic, and of ``sums`` with it.
+def epps_pulley(rows: Rows, shift: Tensor, knots: Knots) -> None:
+    """``rows.sums`` becomes the statistic, ``rows.residual`` its gradient.
 
     Args:
-        p: projections, (k, V, padded N), float32, times ``1 / (scales[v, 0] unscale)``.
-        scales: (V, 4), float64.
-        unscale: a factor of the projections.
-        shift: what is to be added to them after that, (V, K).
+        rows: centred projections.
+        shift: those of the means, (V, K).
         knots: where to compare.
-        samples: N.
-        residual: out, (parts, padded K, V, padded N), float16; ``None`` if not needed.
-        sums: out, (V, K), float32.
-        first: the first of the slices.
-        residual_scale: a factor of the residual.
-        parts: 16-bit numbers for each element of it.
     """
-    count, views, _ = p.shape
+    count, views = rows.grid
     number = knots.table.shape[1]
     levels = max(1, min(4, (number - 1).bit_length()))
     groups = -(-number >> levels)
     scratch = None
     if groups > 1:
-        scratch = p.new_empty(count * views * groups * 2 << levels)
+        scratch = rows.projections.new_empty(count * views * groups * 2 << levels)
     warps = 1
     # As many warps as fill the chip, but each with several steps.
-    while warps < 16 and count * views * warps < 2048 and 256 * warps < samples:
+    while warps < 16 and count * views * warps < 2048 and 256 * warps < rows.samples:
         warps *= 2
     launch.call(
         _epps_pulley_kernel,
-        (count, views),
-        p,
-        scales,
+        rows.grid,
+        rows.projections,
+        rows.scales,
         shift,
         knots.table,
         scratch,
-        residual,
-        sums,
-        samples,
-        p.stride(0),
-        p.stride(1),
-        residual.stride(0) if residual is not None else 0,
-        first,
-        sums.shape[1],
+        rows.residual,
+        rows.sums,
+        *rows.numbers,
         number,
-        unscale,
+        rows.unscale,
         knots.step / (2 * math.pi),
-        residual_scale,
-        PARTS=parts,
-        KEEP=residual is not None,
+        rows.residual_scale,
+        PARTS=rows.parts,
+        KEEP=rows.residual is not None,
         LEVELS=levels,
         GROUPS=groups,
         BLOCK=64 * warps,
-        AMD=launch.is_amd(p.device),
+        AMD=launch.is_amd(rows.sums.device),
         num_warps=warps,
         num_stages=1,
     )

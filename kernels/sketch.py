@@ -18,6 +18,7 @@ from .centering import Centered
 from .directions import DIRECTION_SCALE, operand
 from .epps_pulley import Knots, epps_pulley
 from .plan import SketchPlan
+from .rows import Rows
 from .sort import Targets, sort_residual
 
 
@@ -96,15 +97,15 @@ def sketch(
             residual[..., samples:].zero_()
     sums = float32((views, slices))
     scale, _ = residual_scale(statistic, shape)
-    unscale = 1 / DIRECTION_SCALE
+    factors = centered.scales, 1 / DIRECTION_SCALE
     for first in range(0, slices, plan.chunk):
         p = project(x, w[first : min(first + plan.chunk, slices)])
-        where = residual, sums, first, scale, parts
+        rows = Rows(p, samples, *factors, residual, scale, sums, first, parts)
         if isinstance(statistic, Knots):
             assert shift is not None
-            epps_pulley(p, centered.scales, unscale, shift, statistic, samples, *where)
+            epps_pulley(rows, shift, statistic)
         else:
-            sort_residual(p, centered.scales, unscale, statistic, *where)
+            sort_residual(rows, statistic)
     value = float32(())
     share = 1 / (views * slices * (1 if by_knots else samples))
     launch.call(_mean_kernel, (1,), sums, value, sums.numel(), share, BLOCK=4096, num_warps=8)

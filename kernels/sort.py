@@ -16,6 +16,7 @@ from torch import Tensor
 from . import launch
 from .device import barrier
 from .plan import Network
+from .rows import Rows
 
 _LEAST = tl.constexpr(0x00800000)  # bits of the smallest normal number
 _SPAN = tl.constexpr(0x7F000000)  # words from there that are finite
@@ -233,13 +234,11 @@ class Targets(NamedTuple):
     """Targets of the sorted projections of a row, and how rows are sorted.
 
     Attributes:
-        samples: N.
         network: in registers, or ``None`` for the library's sort.
         ranks: of the places of the network, (2^bits,), int32; ``None`` without one.
         values: (2^bits,) in the order of the places, 0 past the last; or (N,) in order.
     """
 
-    samples: int
     network: Network | None
     ranks: Tensor | None
     values: Tensor
@@ -249,67 +248,46 @@ def targets(quantiles: Tensor, network: Network | None) -> Targets:
     """Arrange increasing targets, (N,), float32, for a network."""
     samples = quantiles.shape[0]
     if network is None:
-        return Targets(samples, None, None, quantiles)
+        return Targets(None, None, quantiles)
     place = torch.arange(1 << network.bits, dtype=torch.int32, device=quantiles.device)
     ranks = torch.zeros_like(place)
     for bit, where in enumerate(network.places):
         ranks |= (place >> where & 1) << bit
     padded = torch.nn.functional.pad(quantiles, (0, len(place) - samples))
-    return Targets(samples, network, ranks, padded[ranks.long()])
+    return Targets(network, ranks, padded[ranks.long()])
 
 
-def sort_residual(
-    p: Tensor,
-    scales: Tensor,
-    unscale: float,
-    targets: Targets,
-    residual: Tensor | None,
-    sums: Tensor,
-    first: int,
-    residual_scale: float,
-    parts: int,
-) -> None:
-    """Fill some slices of ``residual`` with ``p - targets[rank of p]``, and of ``sums``.
+def sort_residual(rows: Rows, targets: Targets) -> None:
+    """``rows.residual`` becomes ``p - targets[rank of p]``, ``rows.sums`` its sums of squares.
 
-    Args:
-        p: projections, (k, V, padded N), float32, times ``1 / (scales[v, 0] unscale)``.
-        scales: (V, 4), float64.
-        unscale: a factor of the projections.
-        targets: from :func:`targets`.
-        residual: out, (parts, padded K, V, padded N), float16; ``None`` if not needed.
-        sums: out, (V, K), float32: sums of squares of the residuals.
-        first: the first of the slices.
-        residual_scale: a factor of the residual.
-        parts: 1 for an order of equal steps, 2 for that of float32.
+    With one part the order is that of equal steps, with two that of float32.
     """
-    keep, network = residual is not None, targets.network
-    count, views, _ = p.shape
-    part = residual.stride(0) if residual is not None else 0
-    numbers = targets.samples, p.stride(0), p.stride(1), part, first, sums.shape[1]
-    factors = unscale, residual_scale
+    keep, network = rows.residual is not None, targets.network
+    factors = rows.unscale, rows.residual_scale
     if network is None:
-        order, index = p[:, :, : targets.samples].sort(dim=-1, stable=True)
-        tensors = order, index, scales, targets.values, residual, sums
-        options = {"PARTS": parts, "KEEP": keep, "BLOCK": 1024, "num_warps": 8}
-        launch.call(_ranked_kernel, (count, views), *tensors, *numbers, *factors, **options)
+        p = rows.projections[:, :, : rows.samples]
+        tensors = *p.sort(dim=-1, stable=True), rows.scales, targets.values, rows.residual
+        options = {"PARTS": rows.parts, "KEEP": keep, "BLOCK": 1024, "num_warps": 8}
+        numbers = *rows.numbers, *factors
+        launch.call(_ranked_kernel, rows.grid, *tensors, rows.sums, *numbers, **options)
         return
     launch.call(
         _sort_kernel,
-        (count, views),
-        p,
-        scales,
+        rows.grid,
+        rows.projections,
+        rows.scales,
         targets.ranks,
         targets.values,
-        residual,
-        sums,
-        *numbers,
+        rows.residual,
+        rows.sums,
+        *rows.numbers,
         *factors,
-        EXACT=parts == 2,
+        EXACT=rows.parts == 2,
         KEEP=keep,
         BITS=network.bits,
         PLACES=network.places,
         LOCAL=network.local,
-        AMD=launch.is_amd(p.device),
+        AMD=launch.is_amd(rows.sums.device),
         num_warps=network.warps,
         num_stages=1,
     )

@@ -185,6 +185,7 @@ def test_rows_that_no_program_holds(setting: tuple[torch.dtype, int]) -> None:
 
 def ordered_residual(p: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     """Sums of squares and residual of given projections, (K, N), by the sorting kernel alone."""
+    from vicreg_losses.kernels.rows import Rows
     from vicreg_losses.kernels.sort import sort_residual, targets
 
     samples = p.shape[1]
@@ -196,7 +197,8 @@ def ordered_residual(p: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     residual = torch.full((parts, len(p), 1, padded), math.nan, device=DEVICE).half()
     sums = torch.full((1, len(p)), math.nan, device=DEVICE)
     scales = torch.ones(1, 4, dtype=torch.float64, device=DEVICE)
-    sort_residual(wide, scales, 1.0, targets(q, cut), residual, sums, 0, 1.0, parts)
+    rows = Rows(wide, samples, scales, 1.0, residual, 1.0, sums, 0, parts)
+    sort_residual(rows, targets(q, cut))
     assert residual[..., samples:].isnan().all()  # nothing beyond the row is written
     return sums[0], residual[:, :, 0, :samples].float().sum(0)
 

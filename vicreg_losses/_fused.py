@@ -181,20 +181,22 @@ def _network(request: Request, samples: int, device: torch.device) -> Network | 
 
 def _statistic(request: Request, samples: int, device: torch.device) -> Targets | Knots:
     """The constants of the statistic, on the device."""
-    like = torch.empty((), dtype=torch.float32, device=device)
     if request.sketch == "epps_pulley":
         number, t_max = request.knots, request.t_max
 
         def knots() -> Knots:
-            t, _, weight = knot_table(number, t_max, torch.empty((), dtype=torch.float64))
+            t, _, weight = knot_table(number, t_max, torch.empty((), device="cpu").double())
+            table = knot_table(number, t_max, torch.empty((), device=device).float())
             # |dT/dp| is at most sum_t 2 w t times the distance of two points of the unit disc.
-            bound = 4 * float((weight * t).sum())
-            return Knots(knot_table(number, t_max, like), t_max / (number - 1), bound)
+            return Knots(table, t_max / (number - 1), 4 * float((weight * t).sum()))
 
         return _constant(("knots", number, t_max, device), knots)
-    cut = _network(request, samples, device)
-    key = ("targets", samples, request.quantiles, cut, device)
-    return _constant(key, lambda: targets(quantiles(samples, request.quantiles, like), cut))
+    cut, rule = _network(request, samples, device), request.quantiles
+
+    def arranged() -> Targets:
+        return targets(quantiles(samples, rule, torch.empty((), device=device).float()), cut)
+
+    return _constant(("targets", samples, rule, cut, device), arranged)
 
 
 _CONSTANTS: dict[tuple[Any, ...], Any] = {}
