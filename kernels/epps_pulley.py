@@ -93,7 +93,7 @@ def _epps_pulley_kernel(
     Args:
         p_ptr: projections of some slices, (k, V, padded N), centred.
         scales_ptr: (V, 4), float64; the first: 1/s of X.
-        shift_ptr: (V, padded K): the projections of the mean.
+        shift_ptr: (V, K): the projections of the mean.
         table_ptr: (3, knots): t, phi(t), w(t) without t = 0.
         coefficient_ptr: scratch, (k, V, GROUPS, 2, 2^LEVELS), if there are several groups.
         residual_ptr: out, (PARTS, padded K, V, padded N), if KEEP.

@@ -124,7 +124,7 @@ def residual_scale(statistic: Targets | Knots, shape: tuple[int, int, int]) -> t
     """
     _, samples, dimensions = shape
     if isinstance(statistic, Knots):
-        return _power_below(32768 / statistic.bound), 1.0
+        return _power_below(32768 / max(statistic.bound, 1e-30)), 1.0  # never beyond float32
     return _power_below(32768 / (math.sqrt(samples * dimensions) + 8)), 2 / samples
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import oracles
 import pytest
@@ -127,6 +128,33 @@ def test_chips_that_auto_trusts_have_a_recorded_green_run() -> None:
         if record.get("tests", {}).get("green"):
             recorded.add(record["machine"]["arch"])
     assert recorded >= _dispatch.MEASURED
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("shape", "dtype", "request_"),
+    [
+        ((8, 4), torch.float64, Request(center=True)),
+        ((65536, 2, 1), torch.float32, Request(center=True)),
+        ((8, 4), torch.float32, Request(covariance="auto", sketch="wasserstein")),
+    ],
+    ids=["float64", "views", "covariance and sketch"],
+)
+def test_auto_leaves_to_pytorch_what_kernels_refuse(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    request_: Request,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also on a measured chip; a stand-in, as only the device, dtype and shape are read."""
+    monkeypatch.setattr(_dispatch, "_is_measured", lambda index: True)
+
+    def impl(request: Request, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+        z = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=shape)
+        return _dispatch.resolve(request, [z]).impl
+
+    assert impl(request_, shape, dtype) == "auto"
+    assert impl(Request(center=True), (8, 4), torch.float32) == "triton"
 
 
 @needs_triton

@@ -45,18 +45,13 @@ def resolve(request: Request, views: Sequence[Tensor]) -> Request:
     device = views[0].device
     if request.impl == "torch" or (request.impl == "auto" and device.type != "cuda"):
         return request
-    wide = any(view.dtype == torch.float64 for view in views)
+    obstacle = _obstacle_of_request(request, views)
     if request.impl == "auto":
-        if wide or not _is_measured(device.index or 0):
+        if obstacle or not _is_measured(device.index or 0):
             return request
     else:
-        obstacle = _obstacle(device.type) or _obstacle_of_chip(device.type, device.index or 0)
-        if wide:
-            obstacle = "there are no kernels for float64"
-        if batch_shape(views)[0] > 65535:
-            obstacle = f"expected at most 65535 views, got {batch_shape(views)[0]}"
-        if request.sketch and request.covariance:
-            obstacle = "expected a covariance or a sketch, got both"
+        index = device.index or 0
+        obstacle = obstacle or _obstacle(device.type) or _obstacle_of_chip(device.type, index)
         if obstacle:
             _refuse(obstacle)
     exact = not is_narrow(views) and _compat.float32_products_are_exact()
@@ -94,6 +89,17 @@ _NOT_INSTALLED = "Triton is not installed"
 
 def _refuse(obstacle: str) -> None:
     raise RuntimeError(f"impl='triton' cannot run: {obstacle}. Use impl='auto' or impl='torch'.")
+
+
+def _obstacle_of_request(request: Request, views: Sequence[Tensor]) -> str:
+    """Why there are no kernels for this; empty if there are."""
+    if any(view.dtype == torch.float64 for view in views):
+        return "there are no kernels for float64"
+    if batch_shape(views)[0] > 65535:
+        return f"expected at most 65535 views, got {batch_shape(views)[0]}"
+    if request.sketch and request.covariance:
+        return "expected a covariance or a sketch, got both"
+    return ""
 
 
 @_compat.constant_when_compiled

@@ -6,6 +6,7 @@ with neither, one pass over the embeddings again for the gradient.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -200,25 +201,36 @@ def _statistic(request: Request, samples: int, device: torch.device) -> Targets 
 
 
 _CONSTANTS: dict[tuple[Any, ...], Any] = {}
-_MOST_CONSTANTS = 32
+_MOST_CONSTANTS = 64
 
 
 def _constant(key: tuple[Any, ...], make: Callable[[], T]) -> T:
-    """What ``make`` returns for a key, whose last part is the device; made once.
+    """What ``make`` returns for a key, whose last part is the device; made once, never freed.
 
-    Waited for when it is made, because another stream may be the next to read it. What is made
-    while a CUDA graph is captured belongs to the graph.
+    CUDA graphs that were captured read it at every replay, and other streams at once: so it is
+    waited for, and what comes after the cache is full is made at each call. A thread makes it,
+    whose memory is not of a pool for graphs that this one may be preparing. During a capture it is
+    made in the graph.
     """
     found: T | None = _CONSTANTS.get(key)
     if found is not None:
         return found
-    with torch.inference_mode(False):
+    device: torch.device = key[-1]
+    if device.type != "cuda":
+        with torch.inference_mode(False):
+            made = make()
+    elif len(_CONSTANTS) >= _MOST_CONSTANTS or torch.cuda.is_current_stream_capturing():
+        return make()
+    else:
+        with ThreadPoolExecutor(1) as thread:
+            made = thread.submit(_made_on, device, make).result()
+    if len(_CONSTANTS) < _MOST_CONSTANTS:
+        _CONSTANTS[key] = made
+    return made
+
+
+def _made_on(device: torch.device, make: Callable[[], T]) -> T:
+    with torch.cuda.device(device):
         made = make()
-    if key[-1].type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return made
-        torch.cuda.current_stream(key[-1]).synchronize()
-    if len(_CONSTANTS) >= _MOST_CONSTANTS:
-        _CONSTANTS.pop(next(iter(_CONSTANTS)), None)
-    _CONSTANTS[key] = made
+        torch.cuda.current_stream().synchronize()
     return made
