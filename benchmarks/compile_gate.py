@@ -269,13 +269,13 @@ def _writes_are_awaited(text: str) -> bool:
     """Whether, in AMD's code, a wait and a barrier are between each write and the next ticket."""
     awaited = passed = True
     for line in text.splitlines():
-        if "global_store" in line:
+        if "global_store" in line or "buffer_store" in line:
             awaited = passed = False
         elif "s_waitcnt vmcnt(0)" in line:
             awaited = True
         elif "s_barrier" in line:
             passed = awaited
-        elif "global_atomic_add" in line and not passed:
+        elif "_atomic_add" in line and not passed:
             return False
     return True
 

@@ -45,15 +45,30 @@ class Sketch(NamedTuple):
     directions: Tensor
 
 
-def project(centered: Tensor, directions: Tensor) -> Tensor:
-    """Projections of all views on some slices, (k, V, padded N), float32, by the library."""
-    views, samples = centered.shape[:2]
-    x = centered.view(views * samples, -1).T
-    w = directions.view(len(directions), -1)
-    if x.device.type == "cuda" and not torch.version.hip:
-        p = torch.mm(w, x, out_dtype=torch.float32)
-    else:  # there is no such product elsewhere
-        p = torch.mm(w.float(), x.float())
+def _by_library(device: torch.device) -> bool:
+    """Whether it has a product of 16-bit numbers with a float32 result."""
+    return device.type == "cuda" and not torch.version.hip
+
+
+def project(x: Tensor, directions: Tensor) -> Tensor:
+    """Projections of all views on some slices, (k, V, padded N), float32, by the library.
+
+    Args:
+        x: (V, padded N, a padded D), 16 bits, or float32 where there is no such product of those.
+        directions: (k, a, padded D), 16 bits.
+    """
+    views, samples = x.shape[:2]
+    rows, w = x.view(views * samples, -1).T, directions.view(len(directions), -1)
+    if not _by_library(x.device):
+        p = torch.mm(w.float(), rows)
+    else:
+        settings = torch.backends.cuda.matmul
+        narrow = settings.allow_fp16_accumulation  # would overflow
+        settings.allow_fp16_accumulation = False
+        try:
+            p = torch.mm(w, rows, out_dtype=torch.float32)
+        finally:
+            settings.allow_fp16_accumulation = narrow
     return p.view(len(directions), views, samples)
 
 
@@ -83,20 +98,18 @@ def sketch(
     views, samples, _ = shape
     slices = directions.shape[1]
     parts, x = plan.parts, centered.centered
-    by_knots = isinstance(statistic, Knots)
-    statistics = centered.statistics if by_knots else None
+    knots = statistic if isinstance(statistic, Knots) else None
+    statistics = centered.statistics if knots else None
     w, shift = operand(directions, statistics, (plan.slices, plan.padded[1]), parts)
     float32 = functools.partial(x.new_empty, dtype=torch.float32)
     residual = None
     if keep:
         residual = x.new_empty((parts, plan.slices, views, plan.padded[0]))
-        # The product reads whole tiles and steps.
-        if slices < plan.slices:
+        if slices < plan.slices:  # the product reads whole steps; what it reads of rows is masked
             residual[:, slices:].zero_()
-        if samples < plan.padded[0]:
-            residual[..., samples:].zero_()
     sums = float32((views, slices))
-    scale, _ = residual_scale(statistic, shape)
+    scale, _ = residual_scale(knots.bound if knots else None, shape)
+    x = x if _by_library(x.device) else x.float()
     factors = centered.scales, 1 / DIRECTION_SCALE
     for first in range(0, slices, plan.chunk):
         p = project(x, w[first : min(first + plan.chunk, slices)])
@@ -107,24 +120,24 @@ def sketch(
         else:
             sort_residual(rows, statistic)
     value = float32(())
-    share = 1 / (views * slices * (1 if by_knots else samples))
+    share = 1 / (views * slices * (1 if knots else samples))
     launch.call(_mean_kernel, (1,), sums, value, sums.numel(), share, BLOCK=4096, num_warps=8)
     return value, None if residual is None else Sketch(residual, w)
 
 
-def residual_scale(statistic: Targets | Knots, shape: tuple[int, int, int]) -> tuple[float, float]:
+def residual_scale(bound: float | None, shape: tuple[int, int, int]) -> tuple[float, float]:
     """The power of two by which the residual is stored; and by what it is short of the gradient.
 
     No standardised projection is above ``sqrt(N D)``, the norm of all samples; no target is above
     the root of twice the logarithm of N, which is less than 8.
 
     Args:
-        statistic: which.
+        bound: of the absolute gradient; ``None`` for the Wasserstein distance.
         shape: (V, N, D).
     """
     _, samples, dimensions = shape
-    if isinstance(statistic, Knots):
-        return _power_below(32768 / max(statistic.bound, 1e-30)), 1.0  # never beyond float32
+    if bound is not None:
+        return _power_below(32768 / max(bound, 1e-30)), 1.0  # never beyond float32
     return _power_below(32768 / (math.sqrt(samples * dimensions) + 8)), 2 / samples
 
 

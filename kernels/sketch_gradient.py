@@ -124,8 +124,9 @@ def _sketch_gradient_kernel(
 
 def sketch_gradient(
     kept: Sketch,
-    z: Tensor,
+    z: Tensor | None,
     statistics: Tensor,
+    shape: tuple[int, int, int],
     plan: SketchPlan,
     standardized: bool,
     sketch: Term,
@@ -137,18 +138,19 @@ def sketch_gradient(
 
     Args:
         kept: from :func:`.sketch.sketch`.
-        z: (V, N, D).
+        z: (V, N, D); ``None`` without a variance term.
         statistics: from :func:`.centering.center`.
+        shape: (V, N, D).
         plan: how to cut the work.
         standardized: whether the samples were.
         sketch: upstream gradient, value, and what the product leaves out.
         variance, center: likewise; ``None`` for no term.
         dtype: of the result.
     """
-    views, samples, dimensions = z.shape
+    views, samples, dimensions = shape
     blocks, parts = plan.gradient, plan.parts
     residual, w = kept
-    out = z.new_empty(z.shape, dtype=dtype)
+    out = residual.new_empty(shape, dtype=dtype)
     nothing = (None, None, 0.0)
     variance_up, variance_value, variance_factor = variance or nothing
     center_up, center_value, center_factor = center or nothing
@@ -158,7 +160,7 @@ def sketch_gradient(
         (tiles, views),
         residual,
         w,
-        z if variance else None,
+        z,
         statistics,
         *sketch[:2],
         variance_up,
@@ -170,7 +172,7 @@ def sketch_gradient(
         residual.stride(1),
         2 * plan.padded[1],
         w.stride(0),
-        *z.stride(),
+        *(z.stride() if z is not None else (0, 0, 0)),
         samples,
         dimensions,
         *plan.padded,

@@ -5,6 +5,7 @@ and backward; with a sketch a library product, a kernel for the slices and one f
 with neither, one pass over the embeddings again for the gradient.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -136,14 +137,17 @@ def gradient(
             centered, inner, statistics, scales, shape, cut, covariance, variance, middle, dtype
         )
     if "sketch" in terms:
-        z, kept = _batch(views), Sketch(*residue[1:])
-        scale, factor = residual_scale(_statistic(request, samples, z.device), shape)
+        z, kept = _batch(views) if "variance" in terms else None, Sketch(*residue[1:])
+        device = statistics.device
+        bound = _bound(request.knots, request.t_max) if request.sketch == "epps_pulley" else None
+        scale, factor = residual_scale(bound, shape)
         up, value, share = terms["sketch"]
         return sketch_gradient(
             kept,
             z,
             statistics,
-            _sketch_plan(request, shape, z.device),
+            shape,
+            _sketch_plan(request, shape, device),
             request.sketch == "wasserstein",
             (up, value, share * factor / scale),
             variance,
@@ -186,10 +190,8 @@ def _statistic(request: Request, samples: int, device: torch.device) -> Targets 
         number, t_max = request.knots, request.t_max
 
         def knots() -> Knots:
-            t, _, weight = knot_table(number, t_max, torch.empty((), device="cpu").double())
             table = knot_table(number, t_max, torch.empty((), device=device).float())
-            # |dT/dp| is at most sum_t 2 w t times the distance of two points of the unit disc.
-            return Knots(table, t_max / (number - 1), 4 * float((weight * t).sum()))
+            return Knots(table, t_max / (number - 1), _bound(number, t_max))
 
         return _constant(("knots", number, t_max, device), knots)
     cut, rule = _network(request, samples, device), request.quantiles
@@ -198,6 +200,13 @@ def _statistic(request: Request, samples: int, device: torch.device) -> Targets 
         return targets(quantiles(samples, rule, torch.empty((), device=device).float()), cut)
 
     return _constant(("targets", samples, rule, cut, device), arranged)
+
+
+@functools.lru_cache(maxsize=64)
+def _bound(knots: int, t_max: float) -> float:
+    """At most ``|dT/dp|``: sum_t 2 w t times the distance of two points of the unit disc."""
+    t, _, weight = knot_table(knots, t_max, torch.empty((), device="cpu").double())
+    return 4 * float((weight * t).sum())
 
 
 _CONSTANTS: dict[tuple[Any, ...], Any] = {}
