@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vicreg_losses import _torch, functional
+from vicreg_losses import _epps_pulley, _torch, functional
 
 
 def value_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def test_triangle_of_blocks(shape: tuple[int, int, int], strategy: str) -> None:
 def test_chunks_of_slices(statistic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 slices at a time, and a few rows of harmonics, instead of all."""
     monkeypatch.setattr(_torch, "_CPU_CHUNK", 1)
-    monkeypatch.setattr(_torch, "_CPU_GRAIN", 100)
+    monkeypatch.setattr(_epps_pulley, "_CPU_GRAIN", 100)
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(2, 45, 12, dtype=torch.float64, generator=generator)
     w = torch.randn(12, 50, dtype=torch.float64, generator=generator)

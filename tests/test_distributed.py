@@ -1,6 +1,5 @@
-"""The distributed helpers on one process, and that several ranks are refused, not mis-served."""
+"""The distributed helpers, and all losses, on one process: nothing is communicated."""
 
-import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import oracles
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from oracles import value_and_grad
+from rank_cases import Batch, cases
 from torch import Tensor, nn
 
 from vicreg_losses import (
@@ -25,6 +24,7 @@ from vicreg_losses import (
 )
 
 N, D, K = 12, 6, 5
+ALONE = Batch((N,))
 MODULES: dict[str, Callable[..., nn.Module]] = {
     "VarianceLoss": VarianceLoss,
     "CovarianceLoss": CovarianceLoss,
@@ -115,6 +115,8 @@ def everything() -> list[Tensor]:
     results: list[Tensor] = []
     for make in MODULES.values():
         results += value_and_grad(make(), embeddings())
+    for loss, _ in cases(ALONE).values():
+        results += value_and_grad(loss, ALONE.part(0))
     results += distributed.batch_statistics(embeddings())
     for gather in GATHERS.values():
         results += value_and_grad(lambda z, g=gather: g(z).square().sum(), embeddings()[0])
@@ -172,75 +174,3 @@ def test_world_size(tmp_path: Path) -> None:
             distributed.world_size(dist.GroupMember.NON_GROUP_MEMBER)
     finally:
         dist.destroy_process_group()
-
-
-# Two ranks, each with embeddings of its own
-
-REFUSED = ["over 2 ranks is not available in this version", "gather_distributed=False"]
-
-
-def refusal(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
-
-
-def two_ranks(rank: int, store: str, answers: Any) -> None:
-    """What rank says: refusals by name, values and gradients without gathering, and sub-groups."""
-    torch.set_num_threads(1)
-    built_before = {name: make() for name, make in MODULES.items()}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    z = embeddings(seed=rank)
-    refusals = {name: refusal(lambda m=module: m(z)) for name, module in built_before.items()}
-    for name, make in MODULES.items():
-        refusals[f"{name} built after"] = refusal(lambda make=make: make()(z))
-        refusals[f"{name} no_grad"] = refusal(torch.no_grad()(lambda make=make: make()(z)))
-    for name, gather in GATHERS.items():
-        refusals[name] = refusal(lambda gather=gather: gather(z[0]))
-    refusals["batch_statistics"] = refusal(lambda: distributed.batch_statistics(z))
-    steps = [int(m.step) for m in built_before.values() if "step" in dict(m.named_buffers())]
-
-    alone = dist.new_group([rank], use_local_synchronization=True)
-    local = {}
-    for name, make in MODULES.items():
-        local[name] = value_and_grad(make(gather_distributed=False), z)
-        local[f"{name} in a group of one"] = value_and_grad(make(process_group=alone), z)
-    dist.barrier()
-    dist.destroy_process_group()
-    for name, module in built_before.items():
-        local[f"{name} after the group"] = value_and_grad(module, z)
-    numbers = {name: [x.numpy() for x in pair] for name, pair in local.items()}
-    answers.put((rank, refusals, steps, numbers))
-
-
-def test_two_ranks_are_refused_or_local(tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
-    answers = context.Queue()
-    processes = [
-        context.Process(target=two_ranks, args=(rank, f"{tmp_path}/store", answers), daemon=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        received = [answers.get(timeout=120) for _ in processes]
-    except queue.Empty:
-        pytest.fail("a rank died or hung")
-    finally:
-        for process in processes:
-            process.join(20)
-            process.kill()
-    assert {rank for rank, *_ in received} == {0, 1}
-    for rank, refusals, steps, numbers in received:
-        for name, message in refusals.items():
-            assert all(words in message for words in REFUSED), (rank, name, message)
-        assert not any(steps), "a refused call advanced the slices"
-        for name, (value, gradient) in numbers.items():
-            make = MODULES[name.split()[0]]
-            expected = value_and_grad(make(), embeddings(seed=rank))
-            # Sums of another number of threads may round otherwise.
-            for actual, right in zip((value, gradient), expected, strict=True):
-                torch.testing.assert_close(torch.from_numpy(actual), right, rtol=1e-5, atol=1e-7)
-    assert all(process.exitcode == 0 for process in processes)

@@ -198,6 +198,8 @@ def warn_of_unit_norm(name: str, tensors: Sequence[Tensor], gamma: float = 1.0) 
     _looks[name] = looks + 1
     if first.device.type != "cpu" or type(first) not in (Tensor, torch.nn.Parameter):
         return
+    if first.numel() == 0:
+        return
     view = first.detach() if first.dim() == 2 else first.detach()[0]
     reachable = view.shape[1] ** -0.5
     if gamma <= 1.001 * reachable:

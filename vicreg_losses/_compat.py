@@ -63,6 +63,11 @@ def add_outside_transforms_(tensor: Tensor, number: int) -> None:
         tensor.add_(number)
 
 
+def resolve_group(name: str) -> torch.distributed.ProcessGroup:
+    """The process group registered under a name."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore
+
+
 @constant_when_compiled
 def float32_products_are_exact() -> bool:
     """Whether float32 matrix products on an accelerator shall have the precision of float32.

@@ -43,6 +43,10 @@ def resolve(request: Request, views: Sequence[Tensor]) -> Request:
         views: the embeddings.
     """
     device = views[0].device
+    if request.world > 1:
+        if request.impl == "triton":
+            _refuse("the kernels serve one rank; several take PyTorch's products in this version")
+        return request
     if request.impl == "torch" or (request.impl == "auto" and device.type != "cuda"):
         return request
     obstacle = _obstacle_of_request(request, views)
@@ -60,6 +64,10 @@ def resolve(request: Request, views: Sequence[Tensor]) -> Request:
 
 def backend(request: Request) -> ModuleType:
     """The module with ``evaluate``, ``gradient`` and ``residue`` for a resolved request."""
+    if request.world > 1:
+        from . import _sharded  # not loaded before it is needed
+
+        return _sharded
     if request.impl == "triton":
         from . import _fused  # Triton is not loaded before
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _torch as primitives
+from ._epps_pulley import epps_pulley_, knot_table
 from ._request import Request, batch_shape, computing_dtype, uses_gram
 
 SIGMA_EPS = 1e-6  # VISReg adds it to the standard deviation, in the scale and in the shape term
@@ -46,7 +47,7 @@ def _evaluate(
         centered, mean = primitives.center(z, inplace=ours and not epps_pulley)
         squares = primitives.squared_sums(centered)
     if request.variance:
-        value, column = _variance(request, squares, samples)
+        value, column = variance(request, squares, samples)
         values.append(value)
         residue.append(column)
     if request.center:
@@ -61,9 +62,9 @@ def _evaluate(
         residue += squares, inner
     if epps_pulley:
         assert directions is not None
-        table = primitives.knot_table(request.knots, request.t_max, z)
+        table = knot_table(request.knots, request.t_max, z)
         value, slope = primitives.sketch(
-            z, directions, lambda p: primitives.epps_pulley_(p, table, keep), keep
+            z, directions, lambda p: epps_pulley_(p, table, keep), keep
         )
     elif request.sketch:
         assert directions is not None
@@ -104,7 +105,7 @@ def residue(request: Request, views: Sequence[Tensor]) -> list[Tensor]:
     return [like.new_empty(size) for size, asked in kept if asked]
 
 
-def _variance(request: Request, squares: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+def variance(request: Request, squares: Tensor, samples: int | Tensor) -> tuple[Tensor, Tensor]:
     """The variance term, and up to a number the factor of the centred samples in its gradient."""
     if request.variance == "hinge":
         # Never a root of 0, whose slope is infinite.
@@ -122,8 +123,8 @@ def _variance(request: Request, squares: Tensor, samples: int) -> tuple[Tensor, 
     return value, (excess / sigma).masked_fill_(sigma == 0, 0)
 
 
-def _variance_factor(request: Request, samples: int, elements: int) -> float:
-    """What the slope of :func:`_variance` leaves out, for ``elements`` = V D."""
+def variance_factor(request: Request, samples: Any, elements: int) -> Any:
+    """What the slope of :func:`variance` leaves out, for ``elements`` = V D."""
     if request.variance == "hinge":
         return -1 / (elements * (samples - 1))
     return 2 / (elements * samples)
@@ -169,7 +170,7 @@ def _gradient(
     total = column = None
     if request.variance:
         column = next(rest)
-        scale = _scale(terms, _variance_factor(request, samples, count * dimensions))
+        scale = _scale(terms, variance_factor(request, samples, count * dimensions))
         column = column * scale if scale is not None else None
     if request.center:
         mean, scale = next(rest), _scale(terms, 2 / (count * samples * dimensions))

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ._epps_pulley import knot_table
 from ._request import Request, batch_shape, uses_gram
-from ._torch import full_precision, knot_table, quantiles
+from ._torch import full_precision, quantiles
 from .kernels.centering import center, own_tickets
 from .kernels.epps_pulley import Knots
 from .kernels.gradient import Term, column_gradient, product_gradient

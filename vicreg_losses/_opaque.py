@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compat, _dispatch
+from . import _collectives, _compat, _dispatch
 from ._dispatch import backend
 from ._request import Request, computing_dtype
 
@@ -23,10 +23,11 @@ def evaluate(
     request: Request, views: Sequence[Tensor], directions: Tensor | None, keep: bool
 ) -> list[Tensor]:
     """``evaluate`` of the implementation, through the operator where that is needed."""
-    if _has_data(views):
-        if request.impl == "triton" and _compat.in_transform():
+    if has_data(views):
+        if _needs_memory(request) and _compat.in_transform():
+            views, directions = _plain(views), directions and _plain([directions])[0]
             with _compat.outside_transforms():
-                return backend(request).evaluate(request, _plain(views), directions, keep)
+                return backend(request).evaluate(request, views, directions, keep)
         return backend(request).evaluate(request, views, directions, keep)
     return _evaluate_op(list(views), directions, keep, *request)
 
@@ -41,8 +42,8 @@ def gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     """``gradient`` of the implementation, through the operator where that is needed."""
-    if _has_data(values):
-        if request.impl == "triton" and _compat.in_transform():  # kernels take plain tensors
+    if has_data(values):
+        if _needs_memory(request) and _compat.in_transform():
             values, residue, upstream, views = map(_plain, (values, residue, upstream, views))
             with _compat.outside_transforms():
                 finish = backend(request).gradient
@@ -50,7 +51,7 @@ def gradient(
         return backend(request).gradient(request, shape, values, residue, upstream, views, dtype)
     asked = [g is not None for g in upstream]
     present = [g for g in upstream if g is not None]
-    kept = list(views) if request.impl == "triton" else []  # the other one does not read them
+    kept = list(views) if _needs_memory(request) else []  # plain PyTorch does not read them
     return _gradient_op(
         list(shape), list(values), list(residue), present, asked, kept, dtype, *request
     )
@@ -64,13 +65,13 @@ def draw_directions(
     In a backward pass, where activation checkpointing repeats the forward one, the step is already
     ``advance`` further, and the slices are those of before.
     """
-    draw = _draw if _has_data([seed, step]) else _draw_op
+    draw = _draw if has_data([seed, step]) else _draw_op
     return draw(seed, step, dimensions, slices, advance, impl)
 
 
 def advance_step(step: Tensor, advance: int) -> None:
     """Add to the step, but not in a backward pass."""
-    (_advance if _has_data([step]) else _advance_op)(step, advance)
+    (_advance if has_data([step]) else _advance_op)(step, advance)
 
 
 def next_call() -> Tensor:
@@ -78,11 +79,17 @@ def next_call() -> Tensor:
     return _next_call_op() if torch.compiler.is_compiling() else _next_call()
 
 
+def _needs_memory(request: Request) -> bool:
+    """Kernels and collectives take plain tensors, and read the views again for the gradient."""
+    return request.impl == "triton" or request.world > 1
+
+
 def _plain(tensors: Sequence[Any]) -> list[Any]:
     return [t if t is None else _compat.plain(t) for t in tensors]
 
 
-def _has_data(tensors: Sequence[Tensor]) -> bool:
+def has_data(tensors: Sequence[Tensor]) -> bool:
+    """Whether the implementation may be called as it is: plain tensors, and no compiler."""
     return not torch.compiler.is_compiling() and all(
         type(t) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and not t.is_meta for t in tensors
     )
@@ -92,38 +99,21 @@ def _next_call() -> Tensor:
     return torch.tensor(next(_calls), device="cpu")
 
 
-@torch.library.custom_op("vicreg_losses::evaluate", mutates_args=())
+_TYPES = {str: "str", bool: "bool", float: "float", int: "SymInt"}
+_OPTIONS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in Request.__annotations__.items())
+
+
+@torch.library.custom_op(
+    "vicreg_losses::evaluate",
+    mutates_args=(),
+    schema=f"(Tensor[] views, Tensor? directions, bool keep, {_OPTIONS}) -> Tensor[]",
+)
 def _evaluate_op(
-    views: list[Tensor],
-    directions: Tensor | None,
-    keep: bool,
-    variance: str,
-    center: bool,
-    covariance: str,
-    sketch: str,
-    gamma: float,
-    eps: float,
-    quantiles: str,
-    knots: int,
-    t_max: float,
-    impl: str,
-    parts: int,
-    slices: int,
+    views: list[Tensor], directions: Tensor | None, keep: bool, *options: str | bool | float | int
 ) -> list[Tensor]:
-    request = Request(
-        variance,
-        center,
-        covariance,
-        sketch,
-        gamma,
-        eps,
-        quantiles,
-        knots,
-        t_max,
-        impl,
-        parts,
-        slices,
-    )
+    request = Request(*options)  # type: ignore[arg-type]
+    if request.gathers:
+        _collectives.require_world(request.group, request.world)
     # What a compiler was told: the strides of the input may have come through.
     return [t.contiguous() for t in backend(request).evaluate(request, views, directions, keep)]
 
@@ -138,7 +128,12 @@ def _(
     return outputs + backend(request).residue(request, views) if keep else outputs
 
 
-@torch.library.custom_op("vicreg_losses::gradient", mutates_args=())
+@torch.library.custom_op(
+    "vicreg_losses::gradient",
+    mutates_args=(),
+    schema="(SymInt[] shape, Tensor[] values, Tensor[] residue, Tensor[] upstream, bool[] asked, "
+    f"Tensor[] views, ScalarType dtype, {_OPTIONS}) -> Tensor",
+)
 def _gradient_op(
     shape: list[int],
     values: list[Tensor],
@@ -147,33 +142,9 @@ def _gradient_op(
     asked: list[bool],
     views: list[Tensor],
     dtype: torch.dtype,
-    variance: str,
-    center: bool,
-    covariance: str,
-    sketch: str,
-    gamma: float,
-    eps: float,
-    quantiles: str,
-    knots: int,
-    t_max: float,
-    impl: str,
-    parts: int,
-    slices: int,
+    *options: str | bool | float | int,
 ) -> Tensor:
-    request = Request(
-        variance,
-        center,
-        covariance,
-        sketch,
-        gamma,
-        eps,
-        quantiles,
-        knots,
-        t_max,
-        impl,
-        parts,
-        slices,
-    )
+    request = Request(*options)  # type: ignore[arg-type]
     present = iter(upstream)
     spread = [next(present) if there else None for there in asked]
     batch = (shape[0], shape[1], shape[2])

@@ -9,6 +9,7 @@ Eager code calls the implementation directly; compiled, fake and meta tensors me
 custom operator, which costs more per call but is one node of the graph.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from . import _compat, _opaque
+from ._deviations import slopes, squared_deviations
 from ._dispatch import resolve
 from ._evaluate import finite_scale
 from ._request import Request, batch_shape, computing_dtype, gradient_dtype
-from ._torch import energy, full_precision
+from ._torch import full_precision
 
 
 def regularizers(
@@ -46,14 +48,17 @@ def regularizers(
         return tuple(_opaque.evaluate(request, views, directions, keep=False))
 
 
-def invariance(views: Sequence[Tensor], num_global: int, factor: float) -> Tensor:
+def invariance(request: Request, views: Sequence[Tensor], num_global: int, factor: float) -> Tensor:
     """``factor * mean((z - c)^2)``, with c the mean of the first ``num_global`` views.
 
     Args:
+        request: which ranks.
         views: as in :func:`regularizers`.
         num_global: how many views form the centre.
         factor: multiplies the mean.
     """
+    if request.world > 1:
+        return regularizers(request._replace(invariance=num_global, factor=factor), views)[0]
     if _is_differentiated(views):
         function = _EagerInvariance if _in_plain_eager() else _Invariance
         value: Tensor = function.apply(num_global, factor, *views)
@@ -157,19 +162,14 @@ class _FirstOrderOnly(torch.autograd.Function):
 class _Invariance(torch.autograd.Function):
     """``factor * mean(e^2)`` with the deviations ``e = z - c`` from the centre of G views.
 
-    Its gradient is ``2 factor / (V N D) * (e - [among the first G] * sum(e) / G)``.
+    Its gradient is ``factor / (V N D)`` times twice :func:`._deviations.slopes`.
     """
 
     @staticmethod
     def forward(num_global: int, factor: float, *views: Tensor) -> Tensor:
-        flat = _flat(views)
-        elements = len(flat) * flat[0].numel()
-        with full_precision(flat[0].device):
-            if num_global == len(flat) == 2:
-                total = energy(_difference(flat)) / 2  # e = -difference / 2, difference / 2
-            else:
-                parts = _deviations(flat, num_global)
-                total = torch.stack([energy(part) for part in parts]).sum()
+        elements = math.prod(batch_shape(views))
+        with full_precision(views[0].device):
+            total = squared_deviations(views, num_global)
             return (total * (factor / elements)).to(computing_dtype(views))
 
     @staticmethod
@@ -180,28 +180,13 @@ class _Invariance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         value, *views = ctx.saved_tensors
+        factor = ctx.factor / math.prod(batch_shape(views))
         with full_precision(value.device):
-            gradients = _invariance_gradients(ctx, upstream, value, _flat(views))
-            if views[0].dim() == 3:
-                gradients = [torch.stack(gradients)]
-            return None, None, *_finish(gradients, views)
 
+            def scale(number: float) -> Tensor:
+                return finite_scale(upstream, value, number * factor)
 
-def _invariance_gradients(
-    ctx: Any, upstream: Tensor, value: Tensor, views: Sequence[Tensor]
-) -> list[Tensor]:
-    num_global, count = ctx.num_global, len(views)
-    factor = ctx.factor / (count * views[0].numel())
-    if num_global == count == 2:
-        slope = _difference(views).mul_(finite_scale(upstream, value, factor))
-        return [-slope, slope]
-    parts = _deviations(views, num_global)
-    if num_global < count:
-        share = torch.stack(parts[num_global:]).sum(0) / num_global
-        for part in parts[:num_global]:
-            part -= share
-    scale = finite_scale(upstream, value, 2 * factor)
-    return [part.mul_(scale) for part in parts]
+            return None, None, *_finish(slopes(views, ctx.num_global, scale), views)
 
 
 class _EagerInvariance(torch.autograd.Function):
@@ -214,24 +199,3 @@ class _EagerInvariance(torch.autograd.Function):
         return value
 
     backward = _Invariance.backward
-
-
-def _flat(views: Sequence[Tensor]) -> Sequence[Tensor]:
-    return views[0].unbind(0) if views[0].dim() == 3 else views
-
-
-def _difference(views: Sequence[Tensor]) -> Tensor:
-    dtype = computing_dtype(views)
-    return views[1].to(dtype) - views[0].to(dtype)
-
-
-def _deviations(views: Sequence[Tensor], num_global: int) -> list[Tensor]:
-    """Each view less the mean of the first ones, by differences to view 0.
-
-    Differences of views are exact to their own rounding at any common offset; a mean is not.
-    """
-    dtype = computing_dtype(views)
-    origin = views[0].to(dtype)
-    parts = [torch.zeros_like(origin), *(view.to(dtype) - origin for view in views[1:])]
-    middle = torch.stack(parts[:num_global]).sum(0) / num_global
-    return [part.sub_(middle) for part in parts]

@@ -22,10 +22,20 @@ class Request(NamedTuple):
     impl: str = "auto"  # "triton" only where that was decided
     parts: int = 0  # of Triton's operands: 16-bit numbers for each element; 0: by the dtypes
     slices: int = 0  # K, where the directions are known
+    exchange: str = "auto"  # "auto" | "slices" | "samples": what ranks send for a sketch
+    gathers: bool = False  # whether the batch is that of all ranks
+    world: int = 1  # ranks; what follows is for more than one
+    group: str = ""  # the name of theirs
+    averages: bool = True  # whether the trainer averages gradients, or adds them
+    own_slices: bool = False  # whether each rank has directions of its own
+    wire: str = ""  # a narrower dtype that holds the views exactly
+    invariance: int = 0  # how many views form the centre; the first term
+    factor: float = 1.0  # of the invariance
 
     def terms(self) -> int:
         """Number of terms asked for."""
-        return bool(self.variance) + self.center + bool(self.covariance) + bool(self.sketch)
+        local = bool(self.variance) + self.center + bool(self.covariance) + bool(self.sketch)
+        return local + bool(self.invariance)
 
 
 def uses_gram(request: Request, samples: int, dimensions: int) -> bool:
@@ -44,6 +54,12 @@ def computing_dtype(views: Sequence[Tensor]) -> torch.dtype:
 def is_narrow(views: Sequence[Tensor]) -> bool:
     """Whether all views have 16 bits."""
     return all(view.dtype in (torch.float16, torch.bfloat16) for view in views)
+
+
+def narrow_dtype(views: Sequence[Tensor]) -> str:
+    """The 16-bit dtype that all views have, or an empty string."""
+    same = all(view.dtype == views[0].dtype for view in views)
+    return str(views[0].dtype).removeprefix("torch.") if same and is_narrow(views) else ""
 
 
 def gradient_dtype(views: Sequence[Tensor]) -> torch.dtype:

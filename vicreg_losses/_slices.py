@@ -54,6 +54,11 @@ def counter_normal(key: Tensor, dimensions: int, slices: int) -> Tensor:
     return torch.cat((radius * second.cos(), radius * second.sin()), 1)[:, :dimensions]
 
 
+def seed_of_rank(seed: Tensor, rank: int) -> Tensor:
+    """A seed of its own for each rank but the first."""
+    return _scramble(_scramble(seed) + rank)
+
+
 def _key(seed: _Word, step: _Word) -> _Word:
     return _scramble(_scramble(seed) + step)
 

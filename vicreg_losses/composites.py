@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import _checks, _ops, functional
+from . import _checks, _ops, _options
+from ._options import Embeddings
 from ._request import Request, batch_shape
-from .functional import Embeddings
 from .modules import Loss, SlicedLoss
 
 __all__ = ["LeJEPALoss", "LeJEPATerms", "VICRegLoss", "VICRegTerms", "VISRegLoss", "VISRegTerms"]
@@ -41,10 +41,17 @@ class LeJEPATerms(NamedTuple):
     sketch: Tensor
 
 
-def _invariance(loss: Loss, views: Sequence[Tensor], **options: Any) -> Tensor:
-    """The invariance term: element-wise, so there are no kernels of it that a user could name."""
-    common = {**loss._common(), "impl": "auto"}
-    return functional.invariance_loss(views, **options, **common)
+def _evaluate(
+    request: Request, centre: tuple[int, float], views: Sequence[Tensor], w: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The invariance, then the regularizers; several ranks share messages for both.
+
+    The invariance is element-wise, so there are no kernels of it that a user could name.
+    """
+    if request.world > 1:
+        together = request._replace(invariance=centre[0], factor=centre[1])
+        return _ops.regularizers(together, views, w)
+    return _ops.invariance(request, views, *centre), *_ops.regularizers(request, views, w)
 
 
 def _weighted(terms: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
@@ -93,7 +100,7 @@ class VICRegLoss(Loss):
         return {name: getattr(self, name) for name in names}
 
     def _request(self) -> Request:
-        one = functional.variance_request(self.gamma, self.eps, "hinge", self.impl)
+        one = _options.variance_request(self.gamma, self.eps, "hinge", self.impl)
         return Request(
             variance="hinge", covariance="auto", gamma=one.gamma, eps=one.eps, impl=one.impl
         )
@@ -101,9 +108,9 @@ class VICRegLoss(Loss):
     def terms(self, *views: Embeddings) -> VICRegTerms:
         """The terms, without their coefficients; each can be differentiated."""
         tensors, request = self._float_views(views, "VICRegLoss", self._request())
-        invariance = _invariance(self, tensors)
+        centre = _options.invariance_factors("pairwise", None, tensors)
         _checks.warn_of_unit_norm("VICRegLoss", tensors, self.gamma)
-        variance, covariance = _ops.regularizers(request, tensors)
+        invariance, variance, covariance = _evaluate(request, centre, tensors)
         return VICRegTerms(invariance, variance, covariance * batch_shape(tensors)[0])
 
     def total(self, terms: VICRegTerms) -> Tensor:
@@ -151,7 +158,7 @@ class VISRegLoss(SlicedLoss):
         self.weight, self.scale, self.shape, self.center = weight, scale, shape, center
         for name in ("scale", "shape", "center"):
             _checks.real(name, getattr(self, name))
-        functional.invariance_options("center", num_global, "auto")
+        _options.invariance_options("center", num_global, "auto")
         self.num_global, self.quantiles = num_global, quantiles
         self._request()
 
@@ -160,7 +167,7 @@ class VISRegLoss(SlicedLoss):
         return {**{name: getattr(self, name) for name in names}, "seed": self._shown_seed()}
 
     def _request(self) -> Request:
-        one = functional.sketch_request("wasserstein", self.quantiles, 17, 3.0, self.impl)
+        one = _options.sketch_request("wasserstein", self.quantiles, 17, 3.0, self.impl)
         return Request(
             variance="squared",
             center=True,
@@ -172,10 +179,10 @@ class VISRegLoss(SlicedLoss):
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> VISRegTerms:
         """The terms, without their weights; each can be differentiated."""
         tensors, request = self._float_views(views, "VISRegLoss", self._request())
-        invariance = _invariance(self, tensors, form="center", num_global=self.num_global)
+        centre = _options.invariance_factors("center", self.num_global, tensors)
         _checks.warn_of_unit_norm("VISRegLoss", tensors)
         w = self.directions_for(tensors, directions)
-        scale, center, shape = _ops.regularizers(request, tensors, w)
+        invariance, scale, center, shape = _evaluate(request, centre, tensors, w)
         return VISRegTerms(invariance, scale, shape, center)
 
     def total(self, terms: VISRegTerms) -> Tensor:
@@ -219,7 +226,7 @@ class LeJEPALoss(SlicedLoss):
     ) -> None:
         super().__init__(num_slices, seed, **common)
         _checks.fraction("weight", weight)
-        functional.invariance_options("center", num_global, "auto")
+        _options.invariance_options("center", num_global, "auto")
         self.weight, self.num_global, self.knots, self.t_max = weight, num_global, knots, t_max
         self._request()
 
@@ -228,15 +235,15 @@ class LeJEPALoss(SlicedLoss):
         return {**{name: getattr(self, name) for name in names}, "seed": self._shown_seed()}
 
     def _request(self) -> Request:
-        return functional.sketch_request("epps_pulley", "paper", self.knots, self.t_max, self.impl)
+        return _options.sketch_request("epps_pulley", "paper", self.knots, self.t_max, self.impl)
 
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> LeJEPATerms:
         """The terms, without their weights; each can be differentiated."""
         tensors, request = self._float_views(views, "LeJEPALoss", self._request())
-        invariance = _invariance(self, tensors, form="center", num_global=self.num_global)
+        centre = _options.invariance_factors("center", self.num_global, tensors)
         _checks.warn_of_unit_norm("LeJEPALoss", tensors)
         w = self.directions_for(tensors, directions)
-        return LeJEPATerms(invariance, _ops.regularizers(request, tensors, w)[0])
+        return LeJEPATerms(*_evaluate(request, centre, tensors, w))
 
     def total(self, terms: LeJEPATerms) -> Tensor:
         """The weighted sum of ``terms``: what ``forward`` returns."""

@@ -1,20 +1,31 @@
-"""Embeddings and statistics of the global batch.
+"""Embeddings and statistics of the global batch, and what the losses cost over several ranks.
 
-In this version the group may have one rank, or ``torch.distributed`` may be uninitialised; more
-ranks are refused with an error rather than served with local statistics. State is read at every
-call, so modules may be built before ``init_process_group``.
+State is read at every call: modules may be built before ``init_process_group``, and the group may
+be made again with another number of ranks. Where ``torch.distributed`` is not initialised, or the
+group has one rank, nothing is communicated.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks, _torch
+from . import _checks, _collectives, _compat, _opaque, _torch
 from ._evaluate import batch
+from ._moments import global_moments
+from ._plan import Plan, plan
 
-__all__ = ["BatchStatistics", "all_gather", "all_gather_ragged", "batch_statistics", "world_size"]
+__all__ = [
+    "BatchStatistics",
+    "Plan",
+    "all_gather",
+    "all_gather_ragged",
+    "batch_statistics",
+    "limit_samples",
+    "plan",
+    "world_size",
+]
 
 
 class BatchStatistics(NamedTuple):
@@ -40,44 +51,62 @@ def world_size(process_group: dist.ProcessGroup | None = None) -> int:
     Raises:
         RuntimeError: if this process is not a member of the group.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1
-    size = dist.get_world_size(process_group)
-    if size < 1:
-        raise RuntimeError("process_group: expected a group that this rank is a member of.")
-    return size
+    return _collectives.members(process_group)[0]
 
 
-def require_one_rank(what: str, process_group: dist.ProcessGroup | None = None) -> None:
-    """Refuse to serve several ranks with the statistics of one."""
-    size = world_size(process_group)
-    if size > 1:
-        raise RuntimeError(
-            f"{what} over {size} ranks is not available in this version. For the statistics of "
-            "each rank alone, which is another objective, pass gather_distributed=False to the "
-            "loss."
-        )
+def limit_samples(samples: int, process_group: dist.ProcessGroup | None = None) -> None:
+    """Say how many samples of a view a rank will have at most, on all ranks alike.
+
+    Messages are padded to the largest batch of any rank. On a CPU the ranks tell each other at
+    every call. On a GPU, where that would wait for the device, they do so at the first call of each
+    kind, and a later batch that is larger is an error; with a limit they need not.
+
+    Args:
+        samples: the most there will be in one view on one rank.
+        process_group: the group, or ``None`` for the default one.
+
+    Raises:
+        RuntimeError: without a group of several ranks.
+    """
+    _checks.integer("samples", samples, 1)
+    size, name = _collectives.members(process_group)
+    if size == 1:
+        raise RuntimeError("limit_samples: expected a group of at least 2 ranks, got none.")
+    _collectives.limit_samples(_collectives.resolve(name), samples)
 
 
 def all_gather(z: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Embeddings of all ranks, concatenated over samples in rank order; here ``z`` itself.
+    """Embeddings of all ranks, concatenated over samples in rank order.
+
+    The gradient is the sum over ranks of the gradients for this rank's samples, which takes one
+    message in the backward pass, on all ranks. So under a trainer that averages gradients (DDP,
+    FSDP) the parameters get the gradient of the mean over ranks of what each computes, be that the
+    same global loss everywhere or a loss of each rank's own rows.
 
     Args:
         z: embeddings, (N, D), with the same N on every rank.
         process_group: the group, or ``None`` for the default one.
 
     Returns:
-        Tensor: (W N, D) for W ranks.
+        Tensor: (W N, D) for W ranks; ``z`` itself for one.
 
     Raises:
-        RuntimeError: for more than one rank, see the module's note.
+        TypeError, ValueError: for anything but one view of embeddings.
+        RuntimeError: on all ranks, if their shapes or dtypes differ (looked at as by the losses:
+            on a CPU always, elsewhere at the first call or with ``VICREG_LOSSES_DEBUG=1``).
     """
-    require_one_rank("distributed.all_gather", process_group)
-    return _one_view(z)
+    z = _one_view(z)
+    size, name = _collectives.members(process_group)
+    if size == 1:
+        return z
+    gathered: Tensor = _Gather.apply(z, name, size)
+    return gathered.flatten(0, 1)
 
 
 def all_gather_ragged(z: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """As :func:`all_gather`, for any number of samples on each rank; here ``z`` itself.
+    """As :func:`all_gather`, for any number of samples on each rank, 0 too.
+
+    The host waits for the numbers, as the shape of the result depends on them.
 
     Args:
         z: embeddings, (N_r, D).
@@ -87,10 +116,17 @@ def all_gather_ragged(z: Tensor, process_group: dist.ProcessGroup | None = None)
         Tensor: (sum of N_r, D).
 
     Raises:
-        RuntimeError: for more than one rank, see the module's note.
+        TypeError, ValueError, RuntimeError: as :func:`all_gather`.
     """
-    require_one_rank("distributed.all_gather_ragged", process_group)
-    return _one_view(z)
+    z = _one_view(z)
+    size, name = _collectives.members(process_group)
+    if size == 1:
+        return z
+    mine = torch.tensor([z.shape[0]], device=z.device)
+    counts = _collectives.all_gather(mine, _collectives.resolve(name)).flatten().tolist()
+    padded = torch.nn.functional.pad(z, (0, 0, 0, max(counts) - z.shape[0]))
+    gathered = _Gather.apply(padded, name, size)
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
 
 @torch.no_grad()
@@ -98,29 +134,36 @@ def batch_statistics(z: Tensor, process_group: dist.ProcessGroup | None = None) 
     """Count, mean and unbiased variance of the global batch.
 
     ``mean_j = sum_i z_ij / N``, ``variance_j = sum_i (z_ij - mean_j)^2 / (N - 1)``. A second
-    pass takes off what the rounding of the mean left, so a float32 variance keeps its digits at
-    offsets to 1e6 of its root.
+    pass takes off what the rounding of the mean left, and ranks send their means as pairs of
+    numbers, so a float32 variance keeps its digits at offsets to 1e6 of its root.
 
     Args:
-        z: embeddings, (N, D) or (V, N, D); float16, bfloat16, float32 or float64.
+        z: embeddings, (N, D) or (V, N, D); float16, bfloat16, float32 or float64. Over several
+            ranks N may differ, and be 0.
         process_group: the group, or ``None`` for the default one.
 
     Returns:
-        BatchStatistics: in float32, or float64 for float64 input.
+        BatchStatistics: in float32, or float64 for float64 input; the same on all ranks.
 
     Raises:
-        TypeError, ValueError: for anything but embeddings of at least two samples.
-        RuntimeError: for more than one rank, see the module's note.
+        TypeError, ValueError: for anything but embeddings of at least two samples in all.
+        RuntimeError: on all ranks, if their shapes or dtypes differ.
     """
     _checks.embedding_tensor(z)
-    views = _checks.embeddings(z)
-    require_one_rank("distributed.batch_statistics", process_group)
-    x, ours = batch(views)
-    samples = x.shape[1]
-    centered, mean = _torch.center(x, inplace=ours)
-    variance = _torch.squared_sums(centered) / (samples - 1)
+    size, name = _collectives.members(process_group)
+    views = _checks.embeddings(z, min_samples=2 if size == 1 else 0)
     shape = (*z.shape[:-2], z.shape[-1])
-    count = torch.full((), samples, dtype=torch.int64, device=z.device)
+    x, ours = batch(views)
+    if size > 1:
+        call = {"function": "batch_statistics", "shape": shape, "dtype": x.dtype}
+        ranks = _collectives.meet(name, x, x.shape[1], call, x.new_empty(0))
+        moments = global_moments(x, ranks)
+        variance = (moments.squares / (moments.total - 1)).view(shape)
+        count = moments.total.round().to(torch.int64)
+        return BatchStatistics(count, moments.mean().view(shape), variance)
+    centered, mean = _torch.center(x, inplace=ours)
+    variance = _torch.squared_sums(centered) / (x.shape[1] - 1)
+    count = torch.full((), x.shape[1], dtype=torch.int64, device=z.device)
     return BatchStatistics(count, mean.view(shape), variance.view(shape))
 
 
@@ -129,3 +172,70 @@ def _one_view(z: Tensor) -> Tensor:
     if z.dim() != 2:
         raise ValueError(f"z: expected shape (N, D), got {tuple(z.shape)}.")
     return _checks.embeddings(z, min_samples=0)[0]
+
+
+class _Gather(torch.autograd.Function):
+    """(N, D) of each rank -> (W, N, D); its transpose is :class:`_Scatter`."""
+
+    @staticmethod
+    def forward(z: Tensor, name: str, size: int) -> Tensor:
+        return (_gather if _is_plain(z) else _gather_op)(z, name, size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return _Scatter.apply(upstream, *ctx.group), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """(W, N, D) of each rank -> the sum over ranks of their row for this one, (N, D)."""
+
+    @staticmethod
+    def forward(upstream: Tensor, name: str, size: int) -> Tensor:
+        return (_scatter if _is_plain(upstream) else _scatter_op)(upstream, name)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return _Gather.apply(upstream, *ctx.group), None, None
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether no compiler and no transform is at work, which need an operator."""
+    return not (torch.compiler.is_compiling() or _compat.in_transform()) and _opaque.has_data([x])
+
+
+def _gather(z: Tensor, group: str, size: int) -> Tensor:
+    call = {"function": "all_gather", "shape": tuple(z.shape), "dtype": z.dtype}
+    _collectives.meet(group, z, z.shape[0], call, z.new_empty(0), least=0)
+    return _collectives.all_gather(z, _collectives.resolve(group))
+
+
+def _scatter(upstream: Tensor, group: str) -> Tensor:
+    return _collectives.all_to_all(upstream, _collectives.resolve(group)).sum(0)
+
+
+@torch.library.custom_op("vicreg_losses::all_gather", mutates_args=())
+def _gather_op(z: Tensor, group: str, size: int) -> Tensor:
+    return _gather(z, group, size)
+
+
+@_gather_op.register_fake
+def _(z: Tensor, group: str, size: int) -> Tensor:
+    return z.new_empty((size, *z.shape))
+
+
+@torch.library.custom_op("vicreg_losses::reduce_scatter", mutates_args=())
+def _scatter_op(upstream: Tensor, group: str) -> Tensor:
+    return _scatter(upstream, group)
+
+
+@_scatter_op.register_fake
+def _(upstream: Tensor, group: str) -> Tensor:
+    return upstream.new_empty(upstream.shape[1:])

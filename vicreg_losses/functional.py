@@ -9,29 +9,40 @@ Conventions of all of them:
   the input.
 - Gradients are closed forms: a second derivative is an error. A value that is not finite never
   comes with a finite gradient.
-- Common keywords. ``gather_distributed``: use the statistics of the global batch (with more than
-  one rank: not available in this version, an error). ``process_group``: its ranks; ``None`` for
-  the default group. ``reduction``: whether the trainer averages gradients over ranks ("mean": DDP,
-  FSDP) or adds them ("sum"); the same for one rank. ``impl``: "torch" for plain PyTorch; "triton"
-  for fused kernels of every term but the invariance on a GPU, in the precision of
-  ``torch.set_float32_matmul_precision``, refused with the reason where they cannot run; "auto"
-  chooses, and takes kernels only on chips on which they have been measured (so far none).
+- Common keywords. ``gather_distributed``: where ``torch.distributed`` has several ranks, value and
+  gradient are those of the global batch, on every rank, whatever its share of the samples (0 too);
+  else, and with ``False``, those of this rank's. ``process_group``: the ranks, or their group's
+  name; ``None`` for the default group at the time of the call. ``reduction``: "mean" for a trainer
+  that averages gradients over ranks (DDP, FSDP, Lightning, Accelerate): the gradient is W times
+  the derivative, for W ranks; "sum" for one that adds them. Nothing is communicated in the
+  backward pass. ``impl``: "torch" for plain PyTorch; "triton" for fused kernels of every term but
+  the invariance on a GPU, in the precision of ``torch.set_float32_matmul_precision``, refused with
+  the reason where they cannot run (so far also over several ranks); "auto" chooses, and takes
+  kernels only on chips on which they have been measured (so far none).
 - Errors. ``TypeError``: not a tensor, or one of integers, booleans, complex numbers, sparse, nested
   or a DTensor. ``ValueError``: wrong rank or mismatched views, fewer than 2 samples, an unknown
   option. ``RuntimeError``: what this version or machine cannot run. Each names the argument, what
-  was expected and what came.
+  was expected and what came. Over several ranks ``RuntimeError`` on all of them, if their calls are
+  not the same.
 """
 
-from collections.abc import Sequence
-from typing import TypeAlias
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks, _opaque, _ops, distributed
+from . import _checks, _collectives, _opaque, _ops, _slices
+from ._collectives import Group
 from ._dispatch import check
-from ._request import Request, batch_shape, computing_dtype
+from ._options import (
+    Embeddings,
+    covariance_request,
+    invariance_factors,
+    invariance_options,
+    prepare_directions,
+    shared,
+    sketch_request,
+    variance_request,
+)
+from ._request import Request, computing_dtype
 
 __all__ = [
     "center_loss",
@@ -40,9 +51,6 @@ __all__ = [
     "sliced_sketch_loss",
     "variance_loss",
 ]
-
-Embeddings: TypeAlias = Tensor | Sequence[Tensor]
-Group: TypeAlias = dist.ProcessGroup | None
 
 
 def variance_loss(
@@ -89,7 +97,7 @@ def variance_loss(
         tensor(0.9900)
     """
     request = variance_request(gamma, eps, form, impl)
-    views = checked(z, gather_distributed, process_group, reduction)
+    views, request = shared(request, z, gather_distributed, process_group, reduction)
     target = gamma if form == "hinge" else 1.0
     _checks.warn_of_unit_norm("variance_loss", views, target)
     return _ops.regularizers(request, views)[0]
@@ -123,7 +131,7 @@ def center_loss(
     """
     check(impl)
     request = Request(center=True, impl=impl)
-    views = checked(z, gather_distributed, process_group, reduction)
+    views, request = shared(request, z, gather_distributed, process_group, reduction)
     return _ops.regularizers(request, views)[0]
 
 
@@ -163,7 +171,7 @@ def covariance_loss(
         TypeError, ValueError, RuntimeError: see the module's conventions.
     """
     request = covariance_request(strategy, impl)
-    views = checked(z, gather_distributed, process_group, reduction)
+    views, request = shared(request, z, gather_distributed, process_group, reduction)
     _checks.warn_of_unit_norm("covariance_loss", views)
     return _ops.regularizers(request, views)[0]
 
@@ -176,8 +184,10 @@ def sliced_sketch_loss(
     statistic: str = "wasserstein",
     quantiles: str = "paper",
     generator_seed: int | None = None,
+    slices: str = "shared",
     knots: int = 17,
     t_max: float = 3.0,
+    exchange: str = "auto",
     gather_distributed: bool = True,
     process_group: Group = None,
     reduction: str = "mean",
@@ -212,8 +222,12 @@ def sliced_sketch_loss(
         generator_seed: seed of the draw: the same seed, the same slices on one kind of device.
             ``None`` takes the next of a process-wide sequence, so each call has slices of its own.
             PyTorch's global generators are left alone either way.
+        slices: "shared", K slices overall; or "per_rank", K of each rank's own (its directions, or
+            those that it draws), so W K overall. The same for one rank.
         knots: number of points t, at least 2 ("epps_pulley").
         t_max: the last of them, in inverse units of ``z`` ("epps_pulley").
+        exchange: what several ranks send each other: "slices" (projections; for "epps_pulley" sums
+            of harmonics), "samples", or "auto" for the fewer bytes.
         gather_distributed: this and the rest: see the module's conventions.
         process_group: the ranks.
         reduction: "mean" or "sum".
@@ -226,12 +240,13 @@ def sliced_sketch_loss(
         TypeError, ValueError, RuntimeError: see the module's conventions; also for directions of
             another shape, device or length, or that require a gradient.
     """
-    request = sketch_request(statistic, quantiles, knots, t_max, impl)
+    request = sketch_request(statistic, quantiles, knots, t_max, impl, slices, exchange)
     _checks.integer("num_slices", num_slices, 1)
-    views = checked(z, gather_distributed, process_group, reduction)
+    views, request = shared(request, z, gather_distributed, process_group, reduction)
     _checks.warn_of_unit_norm("sliced_sketch_loss", views)
     if directions is None:
-        w = _draw(views[0], num_slices, generator_seed, impl).to(computing_dtype(views))
+        rank = _collectives.rank_in(request.group) if request.own_slices else 0
+        w = _draw(views[0], num_slices, generator_seed, impl, rank).to(computing_dtype(views))
     else:
         w = prepare_directions(directions, views)
     return _ops.regularizers(request, views, w)[0]
@@ -273,76 +288,19 @@ def invariance_loss(
         TypeError, ValueError, RuntimeError: see the module's conventions.
     """
     invariance_options(form, num_global, impl)
-    views = checked(z, gather_distributed, process_group, reduction)
-    count = batch_shape(views)[0]
-    if form == "pairwise":
-        if count < 2:
-            raise ValueError("embeddings: expected at least 2 views with form='pairwise', got 1.")
-        return _ops.invariance(views, count, 2 * count / (count - 1))
-    group = count if num_global is None else num_global
-    if group > count:
-        raise ValueError(f"num_global: expected at most the {count} views there are, got {group}.")
-    return _ops.invariance(views, group, 1.0)
+    request = Request(impl=impl)
+    views, request = shared(request, z, gather_distributed, process_group, reduction)
+    return _ops.invariance(request, views, *invariance_factors(form, num_global, views))
 
 
-def invariance_options(form: str, num_global: int | None, impl: str) -> None:
-    """Check the options of :func:`invariance_loss`."""
-    _checks.one_of("form", form, ("pairwise", "center"))
-    check(impl, kernels=False)
-    if num_global is not None:
-        _checks.integer("num_global", num_global, 1)
-        if form == "pairwise":
-            raise ValueError(f"num_global: expected None with form='pairwise', got {num_global}.")
+def seed_of_rank(seed: Tensor, rank: int) -> Tensor:
+    """The seed of one rank's own slices; the first one's is the seed itself."""
+    return _slices.seed_of_rank(seed, rank) if rank else seed
 
 
-def variance_request(gamma: float, eps: float, form: str, impl: str) -> Request:
-    """Check the options of :func:`variance_loss`."""
-    _checks.one_of("form", form, ("hinge", "squared"))
-    _checks.real("gamma", gamma)
-    _checks.real("eps", eps)
-    check(impl)
-    return Request(variance=form, gamma=float(gamma), eps=float(eps), impl=impl)
-
-
-def covariance_request(strategy: str, impl: str) -> Request:
-    """Check the options of :func:`covariance_loss`."""
-    _checks.one_of("strategy", strategy, ("auto", "gram", "feature"))
-    check(impl)
-    return Request(covariance=strategy, impl=impl)
-
-
-def sketch_request(statistic: str, quantiles: str, knots: int, t_max: float, impl: str) -> Request:
-    """Check the options of :func:`sliced_sketch_loss`."""
-    _checks.one_of("statistic", statistic, ("wasserstein", "epps_pulley"))
-    _checks.one_of("quantiles", quantiles, ("paper", "exact"))
-    _checks.integer("knots", knots, 2)
-    _checks.real("t_max", t_max, positive=True)
-    check(impl)
-    return Request(
-        sketch=statistic, quantiles=quantiles, knots=knots, t_max=float(t_max), impl=impl
-    )
-
-
-def checked(
-    z: Embeddings, gather_distributed: bool, process_group: Group, reduction: str
-) -> tuple[Tensor, ...]:
-    """Check what all losses share; return the views."""
-    views = _checks.embeddings(z)
-    _checks.one_of("reduction", reduction, ("mean", "sum"))
-    if gather_distributed:
-        distributed.require_one_rank("gather_distributed=True", process_group)
-    return views
-
-
-def prepare_directions(directions: Tensor, views: Sequence[Tensor]) -> Tensor:
-    """Check explicit directions and give them the computing dtype."""
-    _checks.directions(directions, views[0])
-    return directions.to(computing_dtype(views))
-
-
-def _draw(like: Tensor, slices: int, seed: int | None, impl: str) -> Tensor:
+def _draw(like: Tensor, slices: int, seed: int | None, impl: str, rank: int) -> Tensor:
     if seed is not None:
         _checks.seed("generator_seed", seed)
     key = torch.full((), seed or 0, dtype=torch.int64, device=like.device)
     step = torch.zeros_like(key) if seed is not None else _opaque.next_call().to(key.device)
-    return _opaque.draw_directions(key, step, like.shape[-1], slices, impl=impl)
+    return _opaque.draw_directions(seed_of_rank(key, rank), step, like.shape[-1], slices, impl=impl)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks, _opaque, functional
+from . import _checks, _opaque, _options, functional
+from ._collectives import Group, group_name, rank_in
+from ._options import Embeddings
 from ._request import Request, computing_dtype, is_narrow
-from .functional import Embeddings, Group
 
 __all__ = ["CovarianceLoss", "InvarianceLoss", "SlicedSketchLoss", "VarianceLoss"]
 
@@ -33,7 +34,8 @@ class Loss(nn.Module):
         super().__init__()
         _checks.one_of("reduction", reduction, ("mean", "sum"))
         self.gather_distributed = gather_distributed
-        self.process_group = process_group
+        # By its name, as a group can be neither copied nor pickled; resolved at every call.
+        self.process_group = group_name(process_group)
         self.reduction = reduction
         self.impl = impl
         self._called = False
@@ -66,7 +68,7 @@ class Loss(nn.Module):
         One cast for all terms: its backward rounds the sum of their gradients once. What came in 16
         bits needs no more than those in a kernel.
         """
-        tensors = functional.checked(self._views(views, warning), **self._sharing())
+        tensors, request = _options.shared(request, self._views(views, warning), **self._sharing())
         dtype, parts = computing_dtype(tensors), int(is_narrow(tensors))
         return tuple(t.to(dtype) for t in tensors), request._replace(parts=parts)
 
@@ -100,7 +102,7 @@ class VarianceLoss(Loss):
         self, gamma: float = 1.0, eps: float = 1e-4, form: str = "hinge", **common: Any
     ) -> None:
         super().__init__(**common)
-        functional.variance_request(gamma, eps, form, self.impl)
+        _options.variance_request(gamma, eps, form, self.impl)
         self.gamma, self.eps, self.form = gamma, eps, form
 
     def options(self) -> dict[str, Any]:
@@ -121,7 +123,7 @@ class CovarianceLoss(Loss):
 
     def __init__(self, strategy: str = "auto", **common: Any) -> None:
         super().__init__(**common)
-        functional.covariance_request(strategy, self.impl)
+        _options.covariance_request(strategy, self.impl)
         self.strategy = strategy
 
     def options(self) -> dict[str, Any]:
@@ -145,7 +147,7 @@ class InvarianceLoss(Loss):
         self, form: str = "pairwise", num_global: int | None = None, **common: Any
     ) -> None:
         super().__init__(**common)
-        functional.invariance_options(form, num_global, self.impl)
+        _options.invariance_options(form, num_global, self.impl)
         self.form, self.num_global = form, num_global
 
     def options(self) -> dict[str, Any]:
@@ -175,12 +177,16 @@ class SlicedLoss(Loss):
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
 
-    def next_directions(self, like: Tensor) -> Tensor:
-        """Directions of this call, (D, K), float32, for embeddings ``like`` (..., D)."""
+    def next_directions(self, like: Tensor, rank: int = 0) -> Tensor:
+        """Directions of this call, (D, K), float32, for embeddings ``like`` (..., D).
+
+        The same for all ranks, or those of one that has its own.
+        """
         self._follow(like)
         advance = int(self.training)
+        seed = functional.seed_of_rank(self.seed, rank)
         drawn = _opaque.draw_directions(
-            self.seed, self.step, like.shape[-1], self.num_slices, advance, self.impl
+            seed, self.step, like.shape[-1], self.num_slices, advance, self.impl
         )
         if advance:
             _opaque.advance_step(self.step, advance)
@@ -195,7 +201,7 @@ class SlicedLoss(Loss):
     def directions_for(self, views: Sequence[Tensor], explicit: Tensor | None) -> Tensor:
         """Explicit directions, checked, or those of this call, in the computing dtype."""
         if explicit is not None:
-            return functional.prepare_directions(explicit, views)
+            return _options.prepare_directions(explicit, views)
         return self.next_directions(views[0]).to(computing_dtype(views))
 
     def _shown_seed(self) -> int | str:
@@ -217,6 +223,7 @@ class SlicedSketchLoss(SlicedLoss):
         t_max: the last of them ("epps_pulley").
         directions: fixed unit columns, (D, K), instead of drawn ones.
         generator_seed: the same slices at every call, drawn from this seed, instead of a sequence.
+        exchange: what several ranks send each other: "slices", "samples" or "auto".
         **common: ``gather_distributed``, ``process_group``, ``reduction``, ``impl``.
     """
 
@@ -233,15 +240,16 @@ class SlicedSketchLoss(SlicedLoss):
         t_max: float = 3.0,
         directions: Tensor | None = None,
         generator_seed: int | None = None,
+        exchange: str = "auto",
         **common: Any,
     ) -> None:
         super().__init__(num_slices, seed, **common)
-        functional.sketch_request(statistic, quantiles, knots, t_max, self.impl)
-        _checks.one_of("slices", slices, ("shared", "per_rank"))
+        _options.sketch_request(statistic, quantiles, knots, t_max, self.impl, slices, exchange)
         if generator_seed is not None:
             _checks.seed("generator_seed", generator_seed)
         self.statistic, self.quantiles, self.slices = statistic, quantiles, slices
         self.knots, self.t_max, self.generator_seed = knots, t_max, generator_seed
+        self.exchange = exchange
         if directions is not None:
             _checks.directions(directions)
             if generator_seed is not None:
@@ -253,6 +261,8 @@ class SlicedSketchLoss(SlicedLoss):
         shown = {"seed": self._shown_seed(), **{name: getattr(self, name) for name in names}}
         if self.generator_seed is not None:
             shown["generator_seed"] = self.generator_seed
+        if self.exchange != "auto":
+            shown["exchange"] = self.exchange
         if self.directions is not None:
             shown["directions"] = tuple(self.directions.shape)
         return shown
@@ -271,7 +281,9 @@ class SlicedSketchLoss(SlicedLoss):
             directions = self.directions
         if directions is None and self.generator_seed is None:
             # Checked first: a refused call must not advance the slices.
-            directions = self.next_directions(functional.checked(z, **self._sharing())[0])
+            tensors, request = _options.shared(Request(), z, **self._sharing())
+            rank = rank_in(request.group) if self.slices == "per_rank" else 0
+            directions = self.next_directions(tensors[0], rank)
         return functional.sliced_sketch_loss(
             z,
             directions=directions,
@@ -279,7 +291,9 @@ class SlicedSketchLoss(SlicedLoss):
             statistic=self.statistic,
             quantiles=self.quantiles,
             generator_seed=self.generator_seed,
+            slices=self.slices,
             knots=self.knots,
             t_max=self.t_max,
+            exchange=self.exchange,
             **self._common(),
         )
