@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import ranks
 import torch
 import torch.nn.functional as F
 from rich.progress import track
@@ -85,8 +86,12 @@ PHOTOS = Augmentation(area=(0.2, 1), aspect=4 / 3, degrees=0, flip=True, jitter=
 
 
 def _uniform(like: Tensor, generator: torch.Generator, low: float, high: float) -> Tensor:
-    draws = torch.empty(len(like), device=like.device)
-    return draws.uniform_(low, high, generator=generator)
+    """One number for each image of this rank, from those drawn for the batch of all ranks.
+
+    So an image's view does not depend on the number of ranks.
+    """
+    draws = torch.empty(len(like) * ranks.size(), device=like.device)
+    return draws.uniform_(low, high, generator=generator)[ranks.part(len(draws))]
 
 
 @dataclass(frozen=True)
@@ -134,23 +139,27 @@ def load_folder(path: Path, size: int, limit: int | None, workers: int) -> Image
 
 
 def shuffled_batches(
-    samples: Samples, batch: int, seed: int, first: int, workers: int
+    samples: Samples, batch: int, seed: int, first: int, workers: int, part: slice = slice(None)
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Whole batches of an epoch, from number ``first`` on, in an order that ``seed`` alone sets."""
+    """Whole batches of an epoch, from number ``first`` on, in an order that ``seed`` alone sets.
+
+    Of each batch, the rows of ``part``.
+    """
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
-    whole = order[: len(samples) // batch * batch].view(-1, batch)[first:].tolist()
+    whole = order[: len(samples) // batch * batch].view(-1, batch)[first:, part].tolist()
     return DataLoader(
         samples,
         batch_sampler=whole,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C, which reaches the loader's processes too, to the training process."""
+def _ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which may reach all processes, to the training process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _split(labels: list[int], limit: int | None, name: str) -> tuple[list[int], list[int]]:
@@ -169,9 +178,11 @@ def _split(labels: list[int], limit: int | None, name: str) -> tuple[list[int], 
 
 
 def _check_images(folder: ImageFolder, indices: list[int], workers: int) -> None:
-    """Decode every image once, so that a broken one stops the script before it trains."""
-    checks = DataLoader(_Check(folder, indices), 64, num_workers=workers, collate_fn=list)
-    for complaints in track(checks, "Checking images", transient=True):
+    """Decode every image once, on one rank, so that a broken one stops all before they train."""
+    mine = indices[ranks.rank() :: ranks.size()]
+    checks = DataLoader(_Check(folder, mine), 64, num_workers=workers, collate_fn=list)
+    quiet = ranks.rank() > 0
+    for complaints in track(checks, "Checking images", transient=True, disable=quiet):
         for complaint in filter(None, complaints):
             raise DataError(complaint)
 

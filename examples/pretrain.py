@@ -5,8 +5,11 @@ regularizers of ``vicreg_losses`` prevent that. Run it on the embedded digits, o
 
     python examples/pretrain.py
     python examples/pretrain.py --data path/to/imagefolder --arch resnet50 --epochs 100
+    torchrun --nproc-per-node=2 examples/pretrain.py
 
-Ctrl-C leaves a checkpoint of the current step; ``--resume runs/demo`` continues from it.
+Over several ranks the batch is divided, and what is computed stays the same. Ctrl-C and SIGTERM
+leave a checkpoint of the current step; ``--resume runs/demo`` continues from it, on any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -20,10 +23,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -31,8 +33,10 @@ from typing import Any
 # other, which on cores shared with another process made a step up to ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import ranks
 import report
 import torch
+from checkpoint import CheckpointError, Run, Settings, load_checkpoints
 from data import Augmentation, DataError, Images, load_digits, load_folder, shuffled_batches
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeElapsedColumn
@@ -40,7 +44,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet, resnet18, resnet50
 from torchvision.models.resnet import BasicBlock
 
-from vicreg_losses import InvarianceLoss, VICRegLoss, VISRegLoss
+from vicreg_losses import InvarianceLoss, VICRegLoss, VISRegLoss, distributed
 
 OBJECTIVES: dict[str, Callable[[], nn.Module]] = {
     "invariance": InvarianceLoss,
@@ -54,45 +58,6 @@ ARCHITECTURES: dict[str, Callable[[], ResNet]] = {
 }
 QUICK = {"epochs": 2, "batch_size": 64, "limit": 1000}
 SEED_STRIDE = 1_000_003  # keeps the generators of different seeds apart
-Settings = argparse.Namespace
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message is one line and names the path."""
-
-
-@dataclass
-class Run:
-    """One objective's training: all that changes while it trains, and so all that is saved."""
-
-    name: str
-    network: nn.Sequential
-    objective: nn.Module
-    optimiser: torch.optim.Optimizer
-    step: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    STATEFUL = ("network", "objective", "optimiser")
-    PLAIN = ("name", "step", "seconds", "history")
-
-    def save(self, path: Path, settings: Settings) -> None:
-        """Write a checkpoint that is whole whenever the process dies."""
-        saved = {key: getattr(self, key).state_dict() for key in self.STATEFUL}
-        saved |= {key: getattr(self, key) for key in self.PLAIN}
-        local = ("resume", "out", "device", "workers")
-        kept = {key: value for key, value in vars(settings).items() if key not in local}
-        saved["settings"] = kept | {"data": settings.data and str(settings.data)}
-        scratch = path.with_suffix(".tmp")
-        torch.save(saved, scratch)
-        os.replace(scratch, path)
-
-    def restore(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continue exactly where ``checkpoint`` was saved."""
-        for key in self.STATEFUL:
-            getattr(self, key).load_state_dict(checkpoint[key])
-        for key in self.PLAIN:
-            setattr(self, key, checkpoint[key])
 
 
 def build_network(settings: Settings, channels: int) -> nn.Sequential:
@@ -116,21 +81,27 @@ def build_network(settings: Settings, channels: int) -> nn.Sequential:
 def new_run(name: str, settings: Settings, channels: int) -> Run:
     """An objective with a fresh network and optimiser."""
     network = build_network(settings, channels)
+    model = ranks.parallel(network, settings.device)
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=1e-4)
-    return Run(name, network, OBJECTIVES[name]().to(settings.device), optimiser)
+    return Run(name, network, model, OBJECTIVES[name]().to(settings.device), optimiser)
+
+
+def batch_size(images: Images, settings: Settings) -> int:
+    """Images per step, on all ranks together."""
+    return min(settings.batch_size, len(images.train))
 
 
 def train_step(
     run: Run, images: Tensor, augment: Augmentation, settings: Settings
 ) -> dict[str, Tensor]:
-    """Take one optimiser step; give back the loss, its terms and the embeddings."""
+    """Take one optimiser step; give back the loss, its terms and this rank's embeddings."""
     # Seeded by the step, so a resumed run draws the views that it would have drawn.
     generator = torch.Generator(settings.device)
     generator.manual_seed(settings.seed * SEED_STRIDE + run.step)
     images = images.to(settings.device, non_blocking=True)
     views = torch.cat([augment(images, generator) for _ in range(2)])
     with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.amp):
-        z_a, z_b = run.network(views).chunk(2)
+        z_a, z_b = run.model(views).chunk(2)
 
     loss, terms = measure(run.objective, z_a, z_b)  # or just: loss = objective(z_a, z_b)
 
@@ -152,10 +123,10 @@ def train(run: Run, images: Images, settings: Settings, bar: Progress) -> None:
     """Train from ``run.step`` to the last epoch, saving after each epoch and upon Ctrl-C.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; the checkpoint holds the last whole step.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; the checkpoint holds the last whole step.
     """
     checkpoint = settings.out / f"checkpoint-{run.name}.pt"
-    batch = min(settings.batch_size, len(images.train))
+    batch = batch_size(images, settings)
     per_epoch = len(images.train) // batch
     total = per_epoch * settings.epochs
     task = bar.add_task(report.TITLES[run.name], total=total, completed=run.step, loss="")
@@ -164,8 +135,9 @@ def train(run: Run, images: Images, settings: Settings, bar: Progress) -> None:
     with deferred_interrupt() as interrupted:
         while run.step < total:
             epoch, first = divmod(run.step, per_epoch)
+            seed, part = settings.seed * SEED_STRIDE + epoch, ranks.part(batch)
             for pixels, _ in shuffled_batches(
-                images.train, batch, settings.seed * SEED_STRIDE + epoch, first, settings.workers
+                images.train, batch, seed, first, settings.workers, part
             ):
                 set_learning_rate(run, settings.lr, total)
                 logged = train_step(run, pixels, images.augment, settings)
@@ -176,14 +148,18 @@ def train(run: Run, images: Images, settings: Settings, bar: Progress) -> None:
                 bar.update(task, completed=run.step, loss=f"{run.history[-1]['total']:.4g}")
                 if interrupted():
                     break
-            run.save(checkpoint, settings)
+            if ranks.rank() == 0:
+                run.save(checkpoint, settings)
             if interrupted():
                 raise KeyboardInterrupt(f"; --resume {settings.out} continues")
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Make the first Ctrl-C a flag to read between two steps; a second one stops at once."""
+    """Make Ctrl-C and SIGTERM a flag to read between two steps; a second Ctrl-C stops at once.
+
+    The ranks read the flag together, as often as each other, and all get the same answer.
+    """
     asked = False
 
     def ask(signum: int, frame: FrameType | None) -> None:
@@ -191,11 +167,13 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = signal.signal(signal.SIGINT, ask)
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, ask) for number in signals]
     try:
-        yield lambda: asked
+        yield lambda: ranks.agree(asked)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
 
 
 def set_learning_rate(run: Run, peak: float, total: int) -> None:
@@ -208,9 +186,9 @@ def set_learning_rate(run: Run, peak: float, total: int) -> None:
 
 
 def record(logged: Mapping[str, Tensor], epoch: float) -> dict[str, float]:
-    """One point of every curve."""
+    """One point of every curve, of the batch of all ranks."""
     scalars = {key: float(value) for key, value in logged.items() if key != "embeddings"}
-    smallest_std, effective_rank = report.health(logged["embeddings"])
+    smallest_std, effective_rank = report.health(distributed.all_gather(logged["embeddings"]))
     health = {"smallest_std": smallest_std, "effective_rank": effective_rank}
     return {"epoch": epoch, **scalars, **health}
 
@@ -218,7 +196,7 @@ def record(logged: Mapping[str, Tensor], epoch: float) -> dict[str, float]:
 def evaluate_untrained(images: Images, settings: Settings) -> report.Outcome:
     """Judge the starting weights; batch norm sees images first, as in any trained network."""
     network = build_network(settings, images.channels).train()
-    batch = min(settings.batch_size, len(images.train))
+    batch = batch_size(images, settings)
     with torch.inference_mode():
         for pixels, _ in islice(shuffled_batches(images.train, batch, 0, 0, settings.workers), 16):
             network(pixels.to(settings.device) / 255)
@@ -233,8 +211,21 @@ def pretrain(
         images = load_digits(settings.image_size, settings.limit)
     else:
         images = load_folder(settings.data, settings.image_size, settings.limit, settings.workers)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    outcomes = [evaluate_untrained(images, settings)]
+    ranks.check(batch_size(images, settings))
+    with ranks.group(settings.device):
+        return train_all(images, settings, checkpoints, console)
+
+
+def train_all(
+    images: Images, settings: Settings, checkpoints: Mapping[str, Any], console: Console
+) -> list[report.Outcome]:
+    """Train every objective; rank 0 evaluates, as the others wait, and has the outcomes."""
+    outcomes = []
+    first = ranks.rank() == 0
+    if first:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        outcomes.append(evaluate_untrained(images, settings))
+    ranks.agree(False)
     counts = ("{task.completed}/{task.total} steps", "loss {task.fields[loss]}")
     columns = ("{task.description:>16}", BarColumn(), *counts, TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
@@ -243,8 +234,10 @@ def pretrain(
             if name in checkpoints:
                 run.restore(checkpoints[name])
             train(run, images, settings, bar)
-            outcome = report.evaluate(name, run.network, images, settings)
-            outcomes.append(replace(outcome, seconds=run.seconds, history=run.history))
+            if first:
+                outcome = report.evaluate(name, run.network, images, settings)
+                outcomes.append(replace(outcome, seconds=run.seconds, history=run.history))
+            ranks.agree(False)
     return outcomes
 
 
@@ -264,11 +257,12 @@ def parse(argv: Sequence[str] | None) -> tuple[Settings, dict[str, Any]]:
     settings = parser.parse_args(argv)
     if settings.device == "auto":
         settings.device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings.device = torch.device(settings.device)
+    settings.device = ranks.place(torch.device(settings.device))
     if settings.image_size is None:
         settings.image_size = 224 if settings.data else 28
     if settings.workers is None:
-        settings.workers = (os.cpu_count() or 1) if settings.data else 0
+        cores = max(1, (os.cpu_count() or 1) // ranks.neighbours())
+        settings.workers = cores if settings.data else 0
     return settings, checkpoints
 
 
@@ -282,14 +276,18 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--arch", choices=ARCHITECTURES, default="resnet-tiny", help="torchvision ResNet")
     add("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), help="what to run")
     add("--epochs", type=positive, default=6, help="passes over the images, for each objective")
-    add("--batch-size", type=positive, default=256, help="images per step")
+    add("--batch-size", type=positive, default=256, help="images per step, on all ranks")
     add("--image-size", type=positive, help="height and width; None: 28 for digits, else 224")
     add("--width", type=positive, default=256, help="dimensions of the embeddings")
     add("--lr", type=float, default=4e-3, help="highest learning rate of AdamW")
     add("--limit", type=positive, help="use no more images than this")
     add("--seed", type=int, default=0, help="of weights, order and views")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    add("--workers", type=int, help="loader processes; None: 0 for digits, else one per core")
+    add(
+        "--workers",
+        type=int,
+        help="loader processes of each rank; None: 0 for digits, else as many as there are cores",
+    )
     add("--amp", action="store_true", help="run the network in bfloat16")
     add("--out", type=Path, default=Path("runs/demo"), help="for curves, results, checkpoints")
     add("--quick", action="store_true", help="a short form, which only shows that all of it runs")
@@ -304,34 +302,21 @@ def positive(text: str) -> int:
     return value
 
 
-def load_checkpoints(path: Path) -> dict[str, Any]:
-    """Read one checkpoint, or all of a folder, by objective."""
-    files = sorted(path.glob("checkpoint-*.pt")) if path.is_dir() else [path]
-    if not files:
-        raise CheckpointError(f"{path}: no checkpoints in this folder")
-    found = {}
-    for file in files:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            found[checkpoint["name"]] = checkpoint
-        except (OSError, EOFError, LookupError, RuntimeError, TypeError, UnpicklingError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{file}: not a checkpoint of this script: {reason}") from error
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; give back the exit status."""
-    console = Console()
+    console = Console(quiet=ranks.rank() > 0)
     try:
         settings, checkpoints = parse(argv)
         outcomes = pretrain(settings, checkpoints, console)
-    except (DataError, CheckpointError) as error:
+    except (DataError, CheckpointError, ranks.BatchError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"pretrain.py: interrupted{stop}", file=sys.stderr)
+        if ranks.rank() == 0:
+            print(f"pretrain.py: interrupted{stop}", file=sys.stderr)
         return 130
+    if ranks.rank() > 0:
+        return 0
     console.print(report.table(outcomes, settings.width))
     report.figure(outcomes, settings.out / "curves.png")
     results = {"settings": vars(settings), "outcomes": [asdict(row) for row in outcomes]}

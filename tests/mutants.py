@@ -95,8 +95,8 @@ MUTANTS = [
     Mutant(
         "products not reduced",
         _sharded_covariance.add_products,
-        "all_reduce_(torch.cat(parts), ranks.group)",
-        "all_reduce_(torch.cat(parts), ranks.group) * 0 + torch.cat(parts)",
+        "all_reduce_(heard, ranks.group)",
+        "heard = all_reduce_(heard.clone(), ranks.group) * 0 + heard",
     ),
     Mutant("sketch not reduced", _Call._sketch, 'self.pending["sketch"]', 'self.sums["sketch"]'),
     Mutant(

@@ -84,6 +84,11 @@ def _needs_memory(request: Request) -> bool:
     return request.impl == "triton" or request.world > 1
 
 
+def same_world(like: Tensor, request: Request) -> Tensor:
+    """A zero, 0-dim, that compiled code adds to a value, so as to check the number of ranks."""
+    return _same_world_op(like, request.group, request.world)
+
+
 def _plain(tensors: Sequence[Any]) -> list[Any]:
     return [t if t is None else _compat.plain(t) for t in tensors]
 
@@ -211,3 +216,14 @@ def _next_call_op() -> Tensor:
 @_next_call_op.register_fake
 def _() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@torch.library.custom_op("vicreg_losses::same_world", mutates_args=())
+def _same_world_op(like: Tensor, group: str, world: int) -> Tensor:
+    _collectives.require_world(group, world)
+    return like.new_zeros(())
+
+
+@_same_world_op.register_fake
+def _(like: Tensor, group: str, world: int) -> Tensor:
+    return like.new_empty(())

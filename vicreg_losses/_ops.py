@@ -62,9 +62,12 @@ def invariance(request: Request, views: Sequence[Tensor], num_global: int, facto
     if _is_differentiated(views):
         function = _EagerInvariance if _in_plain_eager() else _Invariance
         value: Tensor = function.apply(num_global, factor, *views)
-        return value
-    with torch.no_grad():
-        return _Invariance.forward(num_global, factor, *views)
+    else:
+        with torch.no_grad():
+            value = _Invariance.forward(num_global, factor, *views)
+    if request.gathers and torch.compiler.is_compiling():
+        value = value + _opaque.same_world(value.detach(), request)
+    return value
 
 
 def _is_differentiated(views: Sequence[Tensor]) -> bool:

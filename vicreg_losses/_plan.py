@@ -263,14 +263,15 @@ class _Cost(NamedTuple):
         shape = self._shape()
         own = columns * self.samples * width
         everything = self.ranks * own
-        narrow, several = self.wire < width, self.views > 1
-        copied = self.ranks > 1 and (narrow or several)  # to the computing dtype, in one tensor
-        more = max(2 * bool(r.invariance), bool(r.variance) * (1 + bool(r.invariance) + copied))
-        backward = (1 + bool(covariance) + bool(sketch) + max(more, narrow)) * own
+        narrow = self.wire < width
+        # To the computing dtype, in one tensor.
+        copied = self.ranks > 1 and (narrow or self.views > 1)
+        more = max(bool(r.invariance), bool(r.variance) * (1 + bool(r.invariance) + copied))
+        backward = (1 + bool(covariance) + bool(sketch) + more) * own + narrow * own // 2
         gathered = everything * self.wire // width + self.ranks * row_length(shape) * width
         merged = self.ranks * columns * (3 * width + 24)  # means of ranks, in float64
         has_moments = r.variance or r.center or covariance or r.sketch == "wasserstein"
-        forward = 2 * own
+        forward = (1 + bool(has_moments or sketch)) * own
         if has_moments and self.ranks > 1 and is_gathered(self.ranks, shape):
             forward = max(forward, merged)
         if self.ranks == 1:
@@ -280,15 +281,13 @@ class _Cost(NamedTuple):
             backward += 2 * self.views * side**2 * width
         elif covariance == "gram":
             chunk = max(own, min(everything, CHUNK * width))
-            before = chunk < everything  # the last chunk, while the next one is made
-            inner = chunk * self.samples // self.dimensions * (1 + before)
-            chunks = (1 + narrow + several + before) * chunk
-            forward = max(merged, chunks + inner + 2 * own) + gathered
+            inner = chunk * self.samples // self.dimensions
+            forward = max(merged, chunk + inner + 2 * own) + gathered
         elif covariance == "feature":
             half, whole = self.views * block_length(self.dimensions), columns * self.dimensions
             if is_one_message(self.ranks, self.dimensions):
                 half += self.ranks * (row_length(shape, squares=False) + columns // 2)
-            forward = max(forward, (2 * half + whole) * width + 3 * own)
+            forward = max(forward, max(2 * half * width + own, (half + whole) * width + 3 * own))
         if sketch:
             forward = max(forward, self._sketch_memory(sketch, own, gathered))
         return max(backward, forward + copied * own)
@@ -307,18 +306,16 @@ class _Cost(NamedTuple):
         else:  # the waves of some rows, and their arguments; all sums and coefficients
             block = max(1, min(rows, CHUNK // 8 // length)) * length
             statistic = self.request.knots * (2 * block + 10 * rows) * width
-        projections, directions = numbers * width, self.dimensions * slices * width
+        projections = numbers * width
         if sketch == "sums":
             return projections + max(statistic, own)
         if sketch == "local":
             return projections + statistic + (2 + bool(self.request.variance)) * own
         if sketch == "slices":
-            directions = self.dimensions * self.slices * width
             quantiles = 40 * length
-            return own + directions + 3 * projections + max(statistic, quantiles)
+            return own + projections + max(statistic, quantiles, 2 * projections)
         gradients = self.ranks * own * (1 + (self.views > 1))  # as they are sent
-        held = gathered + 2 * self.ranks * own + directions + projections
-        return held + max(statistic, gradients)
+        return gathered + self.ranks * own + max(projections + statistic, gradients)
 
 
 def _human(x: float) -> str:

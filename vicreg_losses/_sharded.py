@@ -287,7 +287,10 @@ def gradient(
             if by is not None:
                 unit = by * factor
                 parts = slopes(views, request.invariance, lambda number: unit * number)
-                total += torch.stack(parts).view(shape)
+                for row, part in zip(
+                    total, parts[0] if views[0].dim() == 3 else parts, strict=True
+                ):
+                    row += part
         if request.variance:
             origin, shift, column = next(rest), next(rest), next(rest)
             by = scale()

@@ -51,6 +51,7 @@ def gram_rows(z: Tensor, gathered: Gathered, keep: bool, wider: bool = False) ->
         total += energy(inner)
         if gradient is not None:
             gradient.baddbmm_(inner, columns)
+        del inner, columns  # before the next ones are made
     return Product(total, gradient)
 
 
@@ -84,7 +85,9 @@ def add_products(
         x = moments.center(z)
         rows = z.new_empty(0)
         parts = [*_block_products(x), *numbers]
-    heard = all_reduce_(torch.cat(parts), ranks.group)
+    heard = torch.cat(parts)
+    del parts
+    all_reduce_(heard, ranks.group)
     sums = heard[len(heard) - len(extra) :]
     heard = heard[: len(heard) - len(extra)]
     if rows.numel():

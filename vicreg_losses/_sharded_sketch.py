@@ -49,9 +49,13 @@ class Gathered(NamedTuple):
     def centered(self, begin: int, end: int) -> Tensor:
         """Samples of some ranks less the mean, (V, ranks * capacity, D), 0 where there is none."""
         moments = self.moments
-        some = self.samples[begin:end].to(moments.origin.dtype)
-        x = moments.center(some).mul_(self.is_sample()[begin:end, None, :, None])
-        return x.transpose(0, 1).reshape(x.shape[1], -1, x.shape[3])
+        some = self.samples[begin:end].transpose(0, 1)  # (V, ranks, capacity, D)
+        x = torch.empty_like(
+            some, dtype=moments.origin.dtype, memory_format=torch.contiguous_format
+        )
+        torch.sub(some, moments.origin[:, None], out=x)
+        x.sub_(moments.shift[:, None]).mul_(self.is_sample()[begin:end, :, None])
+        return x.flatten(1, 2)
 
 
 def gather(z: Tensor, request: Request, ranks: Ranks) -> Gathered:
@@ -65,15 +69,15 @@ def gather(z: Tensor, request: Request, ranks: Ranks) -> Gathered:
     views, samples, dimensions = shape = z.shape[0], z.shape[1], z.shape[2]
     dtype = wire_dtype(request, z)
     row = own_row(z)[0]
-    sent = z.new_zeros(views, ranks.capacity, dimensions, dtype=dtype)
-    sent[:, :samples] = z
-    data = sent.view(-1).view(torch.uint8)
-    gap = data.new_zeros(-len(data) % 8)  # a view of another dtype begins at a multiple of it
-    message = torch.cat([data, gap, row.view(torch.uint8)])
+    size = views * ranks.capacity * dimensions * dtype.itemsize
+    length = -(-size // 8) * 8  # a view of another dtype begins at a multiple of it
+    message = row.new_zeros(length + row.numel() * row.itemsize, dtype=torch.uint8)
+    shape_sent = views, ranks.capacity, dimensions
+    message[:size].view(dtype).view(shape_sent)[:, :samples] = z
+    message[length:].view(row.dtype).copy_(row)
     heard = all_gather(message, ranks.group)
-    length = len(data) + len(gap)
     rows = heard[:, length:].view(row.dtype)
-    there = heard[:, : len(data)].view(dtype).unflatten(1, sent.shape)
+    there = heard[:, :size].view(dtype).unflatten(1, shape_sent)
     return Gathered(there, rows[:, 0], merge(rows, shape)[0])
 
 
@@ -115,11 +119,12 @@ def send_slices(
     views, samples, dimensions = x.shape
     slices, size, capacity = directions.shape[1], ranks.size, ranks.capacity
     mine = -(-slices // size)
-    w, flat = directions.T.contiguous(), x.reshape(views * samples, dimensions)
+    w, flat = directions.T, x.reshape(views * samples, dimensions)
     sent = x.new_full((size * mine, views, capacity), PADDING)
     sent[:slices, :, :samples] = (w @ flat.T).view(slices, views, samples)
     heard = all_to_all(sent.view(size, mine, views, capacity), ranks.group)
     rows = heard.permute(1, 2, 0, 3).contiguous().view(mine, views, size * capacity)
+    del sent, heard
     own = rows[: max(0, min(mine, slices - ranks.rank * mine))].view(-1, size * capacity)
     total = x.new_zeros((), dtype=wide(x))
     if own.numel():
@@ -160,14 +165,16 @@ def send_samples(
         x = (x + gathered.moments.mean()).mul_(there[:, None])
     else:
         x /= sigma
-    w = directions.T.contiguous()
+    w = directions.T
     total = x.new_zeros((), dtype=wide(x))
-    back = torch.zeros_like(x)
     if len(w):
         p = torch.bmm(w.expand(views, -1, -1), x.mT)  # (V, k, W * capacity)
         total += evaluate(p.view(-1, size * capacity)).sum(dtype=total.dtype)
-        torch.bmm(p.mT, w.expand(views, -1, -1), out=back)
-    sent = back.view(views, size, capacity, dimensions).transpose(0, 1)
+        torch.bmm(p.mT, w.expand(views, -1, -1), out=x)
+        del p
+    else:
+        x.zero_()
+    sent = x.view(views, size, capacity, dimensions).transpose(0, 1)
     return total, all_to_all(sent, ranks.group).sum(0)[:, :samples]
 
 
