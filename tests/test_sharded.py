@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import oracles
+import pool
 import pytest
-import ranks
 import torch
 from oracles import error, float32_errors, truth, value_and_grad
 from rank_cases import FLOAT64, VANISHING, Batch, cases, wrong
@@ -63,7 +63,7 @@ def answers(rank: int, world: int, batch: Batch, reduction: str) -> dict[str, An
 )
 def test_as_one_process_with_all_samples(batch: Batch, reduction: str) -> None:
     world = len(batch.sizes)
-    heard = ranks.run(answers, world, batch, reduction)
+    heard = pool.run(answers, world, batch, reduction)
     assert wrong(batch, heard, world if reduction == "mean" else 1) == {}
     assert [name for answer in heard for name, x in answer.items() if not x[2]] == []
 
@@ -102,7 +102,7 @@ def answers_by_path(rank: int, world: int, batch: Batch, path: str) -> dict[str,
 def test_paths_of_large_worlds(path: str) -> None:
     """What only many ranks or dimensions would choose."""
     batch = Batch((4, 3, 0, 5), dimensions=134, slices=5)
-    assert wrong(batch, ranks.run(answers_by_path, 4, batch, path), 4) == {}
+    assert wrong(batch, pool.run(answers_by_path, 4, batch, path), 4) == {}
 
 
 def test_ranks_draw_slices_of_their_own() -> None:
@@ -134,7 +134,7 @@ def answers_of_modes(rank: int, world: int, batch: Batch) -> dict[str, Any]:
 
 
 def test_modes_may_differ() -> None:
-    heard = ranks.run(answers_of_modes, 4, UNEVEN)
+    heard = pool.run(answers_of_modes, 4, UNEVEN)
     for name, (_, formula) in cases(UNEVEN).items():
         value, gradient = truth(formula, UNEVEN.whole())
         values = [float(answer[name][0]) for answer in heard]
@@ -158,7 +158,7 @@ def answers_of_one_backward(rank: int, world: int, batch: Batch) -> dict[str, An
 
 def test_backward_on_one_rank_alone() -> None:
     batch = Batch((4, 9, 5))
-    answer = ranks.run(answers_of_one_backward, 3, batch, timeout=30)[1]
+    answer = pool.run(answers_of_one_backward, 3, batch, timeout=30)[1]
     for name, (_, formula) in cases(batch).items():
         gradient = 3 * batch.split(truth(formula, batch.whole())[1])[1]
         assert error(answer[name][1], gradient, VANISHING) <= FLOAT64, name
@@ -183,12 +183,12 @@ def not_finite(rank: int, world: int, batch: Batch, bad: float, where: int) -> l
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", [0, 2])
 def test_not_finite_anywhere_is_seen_everywhere(bad: float, where: int) -> None:
-    assert ranks.run(not_finite, 3, Batch((7, 0, 5)), bad, where) == [[], [], []]
+    assert pool.run(not_finite, 3, Batch((7, 0, 5)), bad, where) == [[], [], []]
 
 
 def test_an_overflow_on_one_rank_is_seen_everywhere() -> None:
     """A standard deviation of inf would make all samples 0, and the sketch of them finite."""
-    heard = ranks.run(not_finite, 3, Batch((7, 0, 5)), 1e200, 2)
+    heard = pool.run(not_finite, 3, Batch((7, 0, 5)), 1e200, 2)
     assert heard[0] == heard[1] == heard[2]
     assert not [name for name in heard[0] if "wasserstein" in name or "visreg.s" in name]
 
@@ -226,7 +226,7 @@ OFFSET = [
 def test_float32_at_an_offset(batch: Batch, path: str, offset: float) -> None:
     """As accurate as plain PyTorch where the offset has been taken away."""
     world = len(batch.sizes)
-    heard = ranks.run(offset_answers, world, batch, offset, path)
+    heard = pool.run(offset_answers, world, batch, offset, path)
     z = torch.cat([offset_part(batch, rank, offset) for rank in range(world)], 1)
     shifted = (z.double() - z.double().mean((0, 1))).float()
     for name in OFFSET:
@@ -261,7 +261,7 @@ def dominated_answers(rank: int, world: int, batch: Batch) -> list[Answer]:
 def test_covariance_with_dominant_diagonal() -> None:
     """As for one process: twice plain PyTorch's error, and four roundings of the result."""
     batch = Batch((6, 0, 9), dimensions=64)
-    heard = ranks.run(dominated_answers, 3, batch)
+    heard = pool.run(dominated_answers, 3, batch)
     z = torch.cat([dominated_part(batch, rank) for rank in range(3)], 1)
     value, gradient = truth(oracles.covariance, z)
     plain_value, plain_gradient = float32_errors(oracles.covariance, z)
@@ -292,7 +292,7 @@ def narrow_answers(rank: int, world: int, batch: Batch, dtype: torch.dtype) -> l
 def test_narrow_dtypes(batch: Batch, dtype: torch.dtype) -> None:
     """They are sent as they are and computed in float32: bitwise the same."""
     world = len(batch.sizes)
-    assert ranks.run(narrow_answers, world, batch, dtype) == [[]] * world
+    assert pool.run(narrow_answers, world, batch, dtype) == [[]] * world
 
 
 def tied_part(batch: Batch, rank: int) -> Tensor:
@@ -307,7 +307,7 @@ def tied_answers(rank: int, world: int, batch: Batch) -> dict[str, Any]:
 def test_tied_samples() -> None:
     """Their gradients are one of a set, but for the sum over those that are alike."""
     batch = Batch((4, 6, 5), slices=13)
-    heard = ranks.run(tied_answers, 3, batch)
+    heard = pool.run(tied_answers, 3, batch)
     z = torch.cat([tied_part(batch, rank) for rank in range(3)], 1)
     kind = torch.cat([(torch.arange(n) + rank) % 3 for rank, n in enumerate(batch.sizes)])
     assert torch.equal(z, batch.part(0)[:, kind])
@@ -329,13 +329,13 @@ def refused(rank: int, world: int, batch: Batch) -> tuple[dict[str, str], bool]:
     z, enough = batch.part(rank), torch.ones(batch.views, 2, batch.dimensions)
     losses = {name: ours for name, (ours, _) in cases(batch, rank).items()}
     losses["batch_statistics"] = lambda z: distributed.batch_statistics(z).mean
-    said = {name: ranks.refusal(lambda f=f: f(z)) for name, f in losses.items()}
+    said = {name: pool.refusal(lambda f=f: f(z)) for name, f in losses.items()}
     return said, all(f(enough).isfinite().all() for f in losses.values())
 
 
 @pytest.mark.parametrize("sizes", [(1, 0), (0, 1, 0), (0, 0)], ids=str)
 def test_fewer_than_two_samples_in_all(sizes: tuple[int, ...]) -> None:
-    for said, works in ranks.run(refused, len(sizes), Batch(sizes)):
+    for said, works in pool.run(refused, len(sizes), Batch(sizes)):
         expected = f"expected at least 2 samples in the global batch, got {sum(sizes)} over"
         assert {n: x for n, x in said.items() if not x.startswith("ValueError")} == {}
         assert {n: x for n, x in said.items() if expected not in x} == {}

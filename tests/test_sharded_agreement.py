@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Failure, outcomes, refusal, run
+from pool import Failure, outcomes, refusal, run
 from torch import Tensor
 
 from vicreg_losses import CovarianceLoss, SlicedSketchLoss, VarianceLoss, distributed
@@ -189,9 +189,9 @@ DIFFERENT: dict[str, tuple[Callable[[bool], Any], str, str | None, str | None]] 
     ),
     "all_gather": (
         lambda odd: distributed.all_gather(embeddings(N + odd)[0]),
-        "shape",
-        "(5, 6)",
-        "(6, 6)",
+        "samples",
+        "5",
+        "6",
     ),
 }
 
@@ -233,11 +233,15 @@ def test_the_error_names_nothing_that_is_the_same() -> None:
 
 
 def later(rank: int, world: int, debug: str) -> list[str]:
-    """After a first call: other slices than those of the other ranks, then another option."""
+    """After a first call: slices of another seed, one other slice, another option."""
     os.environ["VICREG_LOSSES_DEBUG"] = debug
     try:
         losses = [SlicedSketchLoss(K, seed=seed) for seed in (0, rank)]
         calls = [lambda loss=loss: loss(embeddings()) for loss in losses]
+        w = oracles.unit_directions(D, 6)
+        calls.append(lambda: sliced_sketch_loss(embeddings(), directions=w))
+        other = torch.cat([w[:, :5], w[:, 5:] * (-1) ** rank], 1)
+        calls.append(lambda: sliced_sketch_loss(embeddings(), directions=other))
         calls.append(lambda: sketched(quantiles=("paper", "exact", "paper")[rank]))
         return [refusal(call) for call in calls]
     finally:
@@ -246,10 +250,11 @@ def later(rank: int, world: int, debug: str) -> list[str]:
 
 @pytest.mark.parametrize("debug", ["", "0", "1"])
 def test_later_calls(debug: str) -> None:
-    """Options are looked at in every call, slices in the first one of a kind or when debugging."""
-    for first, slices, option in run(later, WORLD, debug):
-        assert first == ""
-        assert ("seed, step or directions: " in slices) == (debug == "1")
+    """Options and some numbers of the slices are looked at in every call; all when debugging."""
+    for first, seeds, second, one_slice, option in run(later, WORLD, debug):
+        assert first == second == ""
+        assert "seed, step or directions: " in seeds
+        assert ("seed, step or directions: " in one_slice) == (debug == "1")
         assert "quantiles: " in option
 
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import oracles
+import pool
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from oracles import error, truth, value_and_grad
@@ -37,7 +37,7 @@ def answers_of_pairs(rank: int, world: int) -> tuple[dict[str, Any], Any, list[s
     dist.all_gather_object(names, mine.group_name)
     theirs = names[(rank + 2) % 4]
     said = [
-        ranks.refusal(call)
+        pool.refusal(call)
         for call in (
             lambda: VICRegLoss(process_group=other),
             lambda: functional.covariance_loss(z, process_group=other),
@@ -53,7 +53,7 @@ def answers_of_pairs(rank: int, world: int) -> tuple[dict[str, Any], Any, list[s
 
 
 def test_groups_that_are_apart() -> None:
-    heard = ranks.run(answers_of_pairs, 4)
+    heard = pool.run(answers_of_pairs, 4)
     for batch, pair in zip(PAIRS, (heard[:2], heard[2:]), strict=True):
         assert wrong(batch, [found for found, *_ in pair], 2) == {}
         whole = batch.whole()
@@ -93,7 +93,7 @@ def lives(rank: int, world: int) -> tuple[dict[str, Life], list[str]]:
         found[name] = {key: value_and_grad(loss, z) for key, loss in losses.items()}
 
     live("none yet", FOUR.part(rank))
-    ranks.join(rank, 4, "four")
+    pool.join(rank, 4, "four")
     live("four", FOUR.part(rank))
     losses, kept = built(gather_distributed=False), losses
     live("local", FOUR.part(rank))
@@ -110,19 +110,19 @@ def lives(rank: int, world: int) -> tuple[dict[str, Life], list[str]]:
         lambda: functional.center_loss(FOUR.part(rank), process_group=group),
         lambda: held(FOUR.part(rank)),
     )
-    said += map(ranks.refusal, lost)
-    ranks.join(place, 2, f"pair{pair}")
+    said += map(pool.refusal, lost)
+    pool.join(place, 2, f"pair{pair}")
     live("pair", LATER[pair].part(place))
-    said += map(ranks.refusal, lost)
+    said += map(pool.refusal, lost)
     dist.barrier()
     dist.destroy_process_group()
-    ranks.join(0, 1, f"alone{rank}")
+    pool.join(0, 1, f"alone{rank}")
     live("alone", FOUR.part(rank))
     return found, said
 
 
 def test_groups_come_and_go() -> None:
-    heard = ranks.run(lives, 4, joined=False)
+    heard = pool.run(lives, 4, joined=False)
     local = built(gather_distributed=False)
     for rank, (found, said) in enumerate(heard):
         pair, place = divmod(rank, 2)
@@ -189,7 +189,7 @@ def trained(rank: int, world: int, dimensions: int) -> dict[str, list[Tensor]]:
 
 @pytest.mark.parametrize("dimensions", [6, 100])
 def test_parameters_get_the_gradient_of_the_whole_batch(dimensions: int) -> None:
-    heard = ranks.run(trained, 3, dimensions)
+    heard = pool.run(trained, 3, dimensions)
     for name, (_, formula) in cases(Batch(INPUTS[0].sizes, dimensions)).items():
         true = []
         for batch in INPUTS:
@@ -239,7 +239,7 @@ def gathered(rank: int, world: int, batch: Batch, ragged: bool) -> tuple[Any, ..
         lambda: distributed.all_gather(z[0, :1].to([torch.float32, torch.float64][rank % 2])),
         lambda: distributed.batch_statistics(z[:, :, : 5 + rank % 2]),
     )
-    said = [ranks.refusal(call) for call in wrong_calls] if min(batch.sizes) > 1 else []
+    said = [pool.refusal(call) for call in wrong_calls] if min(batch.sizes) > 1 else []
     return gather(z[0]), found, statistics, said
 
 
@@ -259,7 +259,7 @@ def gathered(rank: int, world: int, batch: Batch, ragged: bool) -> tuple[Any, ..
 def test_helpers(sizes: tuple[int, ...], ragged: bool) -> None:
     """Gradients add up over ranks, so those that are averaged are of the mean of their losses."""
     batch, world = Batch(sizes), len(sizes)
-    heard = ranks.run(gathered, world, batch, ragged)
+    heard = pool.run(gathered, world, batch, ragged)
     whole = batch.whole()
 
     def total(name: str) -> Callable[[Tensor], Tensor]:

@@ -17,8 +17,8 @@ import torch
 import torch._inductor.config
 import torch.distributed as dist
 from oracles import Loss, value_and_grad
-from ranks import join, refusal
-from ranks import run as run_in_time
+from pool import join, refusal
+from pool import run as run_in_time
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh

@@ -115,6 +115,7 @@ def installed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_collectives, "dist", Distributed())
         patch.setattr(_compat, "resolve_group", lambda name: here())
+        patch.setattr(_compat, "has_cpu_backend", lambda group: True)
         yield
 
 

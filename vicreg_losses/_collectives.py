@@ -59,8 +59,13 @@ def group_name(process_group: Group) -> str | None:
     """The name of a group, by which it is found again in a copy or another process."""
     if process_group is None or isinstance(process_group, str):
         return process_group
-    if not isinstance(process_group, dist.ProcessGroup):  # what a rank has that is not in it
-        raise RuntimeError("process_group: expected a group that this rank is a member of.")
+    if not isinstance(process_group, dist.ProcessGroup):
+        if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise RuntimeError("process_group: expected a group that this rank is a member of.")
+        raise TypeError(
+            "process_group: expected a ProcessGroup, its name or None, got "
+            f"{type(process_group).__name__}; of a DeviceMesh, pass mesh.get_group(dim)."
+        )
     name: str = process_group.group_name
     return name
 
@@ -127,20 +132,23 @@ def meet(
     call: Mapping[str, Any],
     content: Tensor,
     least: int = 2,
+    equal: bool = False,
 ) -> Ranks:
     """Learn the capacity, and that all ranks are in the same call.
 
-    On a CPU at every call; elsewhere, where it would wait for the device, at the first call of its
-    kind or with ``VICREG_LOSSES_DEBUG=1``. A captured graph and tensors without data take what is
-    known, or the samples of this rank.
+    At every call on a CPU, and through the CPU's backend of the group if it has one and no limit of
+    samples. Else it would wait for the device: at the first call of a kind, and with
+    ``VICREG_LOSSES_DEBUG=1``. A captured graph and tensors without data take what is known.
 
     Args:
         name: of the group.
         like: gives the device.
         samples: of one view on this rank.
         call: what must be the same on all ranks.
-        content: numbers that must be, looked at in the first call of a kind or in debug mode.
+        content: numbers that must be, (D, K) or none: all of them are looked at in the first call
+            of a kind or in debug mode, else some, which tell random ones apart.
         least: how many samples all ranks must have together.
+        equal: whether each must have the same number of them.
 
     Raises:
         RuntimeError: on all ranks, if they disagree.
@@ -149,32 +157,39 @@ def meet(
     group = resolve(name)
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     agreed, kind = _agreed.setdefault(group, {}), repr(sorted(call.items()))
-    first, debug = kind not in agreed, os.environ.get("VICREG_LOSSES_DEBUG", "") not in ("", "0")
-    limit = _limits.get(group)
-    if not _can_ask(like) or not (first or debug or like.device.type == "cpu"):
-        return Ranks(group, size, rank, limit or agreed.get(kind, samples))
-    said = {**call, "limit of samples": limit}
-    if first or debug:
-        said["seed, step or directions"] = _digest(content)
-    code = int.from_bytes(hashlib.blake2b(repr(said).encode(), digest_size=8).digest(), "big")
-    mine = torch.tensor([samples, code >> 1], dtype=torch.int64, device=like.device)
+    limit, first = _limits.get(group), kind not in agreed
+    debug = os.environ.get("VICREG_LOSSES_DEBUG", "") not in ("", "0")
+    on_cpu = _compat.has_cpu_backend(group)
+    device = _CPU if on_cpu else like.device
+    if like.is_meta or hasattr(like, "fake_mode"):  # no data
+        return Ranks(group, size, rank, limit or samples)
+    if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if first and limit is None:
+            raise RuntimeError(
+                "vicreg_losses: expected a call like this one before a CUDA graph captures it, or "
+                "distributed.limit_samples, got none; the ranks must tell each other their samples."
+            )
+        return Ranks(group, size, rank, limit or agreed[kind])
+    if not (first or debug or like.device == _CPU or (on_cpu and limit is None)):
+        return Ranks(group, size, rank, limit or agreed[kind])
+    said = {**call, "limit of samples": limit, "VICREG_LOSSES_DEBUG": debug}
+    said["seed, step or directions"] = _digest(content if first or debug else content[:4, :4])
+    code = int.from_bytes(hashlib.blake2b(repr(said).encode(), digest_size=8).digest(), "big") >> 1
+    mine = torch.tensor([samples, code], dtype=torch.int64, device=device)
     heard = all_gather(mine, group).tolist()
-    if any(other != code >> 1 for _, other in heard):
-        _disagree(said, group)
     counts = [count for count, _ in heard]
+    if any(other != code for _, other in heard) or (equal and len(set(counts)) > 1):
+        _disagree({**said, "samples": samples} if equal else said, group)
     if sum(counts) < least:
         raise ValueError(
             f"embeddings: expected at least {least} samples in the global batch, got {sum(counts)} "
             f"over {size} ranks; batch statistics need more than one."
         )
-    agreed[kind] = limit or max(counts)
-    return Ranks(group, size, rank, agreed[kind])
+    agreed[kind] = max(counts)
+    return Ranks(group, size, rank, limit or agreed[kind])
 
 
-def _can_ask(like: Tensor) -> bool:
-    if type(like) is not Tensor or like.is_meta:
-        return False
-    return like.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+_CPU = torch.device("cpu")
 
 
 def _digest(content: Tensor) -> str:

@@ -63,9 +63,19 @@ def add_outside_transforms_(tensor: Tensor, number: int) -> None:
         tensor.add_(number)
 
 
+def keep_when_unused(name: str) -> None:
+    """Keep a compiler from dropping calls of an operator: the other ranks would wait for them."""
+    torch.fx.node.has_side_effect(getattr(torch.ops.vicreg_losses, name).default)
+
+
 def resolve_group(name: str) -> torch.distributed.ProcessGroup:
     """The process group registered under a name."""
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore
+
+
+def has_cpu_backend(group: torch.distributed.ProcessGroup) -> bool:
+    """Whether tensors of the CPU can be sent in a group."""
+    return torch.device("cpu") in group._device_types
 
 
 @constant_when_compiled

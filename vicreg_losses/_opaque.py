@@ -25,7 +25,7 @@ def evaluate(
     """``evaluate`` of the implementation, through the operator where that is needed."""
     if has_data(views):
         if _needs_memory(request) and _compat.in_transform():
-            views, directions = _plain(views), directions and _plain([directions])[0]
+            views, (directions,) = _plain(views), _plain([directions])
             with _compat.outside_transforms():
                 return backend(request).evaluate(request, views, directions, keep)
         return backend(request).evaluate(request, views, directions, keep)
@@ -43,7 +43,7 @@ def gradient(
 ) -> Tensor:
     """``gradient`` of the implementation, through the operator where that is needed."""
     if has_data(values):
-        if _needs_memory(request) and _compat.in_transform():
+        if request.impl == "triton" and _compat.in_transform():
             values, residue, upstream, views = map(_plain, (values, residue, upstream, views))
             with _compat.outside_transforms():
                 finish = backend(request).gradient
@@ -227,3 +227,7 @@ def _same_world_op(like: Tensor, group: str, world: int) -> Tensor:
 @_same_world_op.register_fake
 def _(like: Tensor, group: str, world: int) -> Tensor:
     return like.new_empty(())
+
+
+for _name in ("evaluate", "same_world"):
+    _compat.keep_when_unused(_name)

@@ -30,7 +30,14 @@ from ._sharded_sketch import (
     wire_dtype,
 )
 from ._strategy import covariance_strategy, sketch_strategy
-from ._torch import diagonal_dominates, energy, full_precision, squared_sums, wide
+from ._torch import (
+    diagonal_dominates,
+    energy,
+    full_precision,
+    may_be_dominated,
+    squared_sums,
+    wide,
+)
 
 
 def evaluate(
@@ -46,16 +53,17 @@ def evaluate(
             "dimensions": dimensions,
             "dtype": z.dtype,
         }
-        content = z.new_empty(0)
+        content = z.new_empty(0, 0)
         if directions is not None and not request.own_slices:
             content = directions
         ranks = meet(request.group, z, samples, call, content)
         if samples > ranks.capacity:  # no other rank knows: take part, then say so
             _Call(request, views, z[:, : ranks.capacity] * torch.nan, directions, ranks).run(keep)
             raise RuntimeError(
-                f"embeddings: expected at most {ranks.capacity} samples on a rank, as at the first "
-                f"call, got {samples}. Call distributed.limit_samples with the most there will be, "
-                "on all ranks, before the first call."
+                f"embeddings: expected at most {ranks.capacity} samples on a rank (the limit, or "
+                "the most of any rank at the first such call, be it a validation batch), got "
+                f"{samples}. Call distributed.limit_samples with the most there will be, on all "
+                "ranks."
             )
         return _Call(request, views, z, directions, ranks).run(keep)
 
@@ -84,8 +92,9 @@ class _Call:
         request, z = self.request, self.z
         samples = z.shape[1]
         if request.invariance:
-            squares = squared_deviations(self.views, request.invariance)
-            self.pending["invariance"] = squares if samples == self.views[0].shape[-2] else z.sum()
+            squares = squared_deviations(self.views, request.invariance) / self._most()
+            truncated = samples < self.views[0].shape[-2]  # then z is NaN
+            self.pending["invariance"] = z.sum() if truncated else squares
         self._meet_statistics(keep)
         slope = self._sketch(keep) if request.sketch else None
         if self.moments is None and "count" not in self.sums:
@@ -96,6 +105,10 @@ class _Call:
             self._heard(names, all_reduce_(numbers, self.ranks.group).unbind())
         count = self.moments.total if self.moments is not None else self.sums["count"]
         return self._finish(count, slope, keep)
+
+    def _most(self) -> int:
+        """Numbers in the largest global batch there can be: a sum over it is in range as a mean."""
+        return self.z.shape[0] * self.z.shape[2] * self.ranks.size * self.ranks.capacity
 
     def _heard(self, names: Sequence[str], sums: Sequence[Tensor]) -> None:
         self.sums.update(zip(names, sums, strict=True))
@@ -123,6 +136,9 @@ class _Call:
             assert self.gathered is not None
             self.product = gram_rows(z, self.gathered, keep)
             self.pending["energy"] = self.product.energy
+            if may_be_dominated(z):  # the same bits on all ranks, which decide alike
+                squares = self.gathered.moments.squares
+                self.pending["diagonal"] = energy(squares) / ranks.size
         elif self.moments is None and (
             request.variance or request.center or request.sketch == "wasserstein"
         ):
@@ -193,7 +209,7 @@ class _Call:
 
         if request.invariance:
             factor = request.factor / (views * dimensions * count)
-            values.append(self.sums["invariance"] * factor)
+            values.append(self.sums["invariance"] * (factor * self._most()))
             residue.append((share * factor).to(z.dtype))
         if request.variance:
             assert moments is not None
@@ -231,8 +247,9 @@ class _Call:
         if self.gathered is None or "energy" not in self.sums:
             return self.product
         z, squares, total = self.z, self.moments.squares, self.sums["energy"]
-        diagonal, gradient = energy(squares), self.product.gradient
-        if diagonal_dominates(z, diagonal, total):  # the same numbers, so on all ranks alike
+        gradient = self.product.gradient
+        diagonal = self.sums["diagonal"] if "diagonal" in self.sums else energy(squares)
+        if diagonal_dominates(z, diagonal, total):
             product = gram_rows(z, self.gathered, keep, wider=True)
             total, gradient = all_reduce_(product.energy, self.ranks.group), product.gradient
             squares = squared_sums(self.gathered.centered(0, self.ranks.size).double())
@@ -274,7 +291,7 @@ def gradient(
 ) -> Tensor:
     """As :func:`._evaluate.gradient`; nothing is communicated."""
     with full_precision(values[0].device):
-        total = values[0].new_zeros(shape)
+        total: Tensor | None = None
         terms = zip(upstream, values, strict=True)
         rest = iter(residue)
 
@@ -282,24 +299,25 @@ def gradient(
             up, value = next(terms)
             return None if up is None else finite_scale(up, value)
 
+        def plus(x: Tensor, factor: Tensor) -> Tensor:
+            return x.expand(shape) * factor if total is None else total.addcmul_(x, factor)
+
         if request.invariance:
             factor, by = next(rest), scale()
             if by is not None:
                 unit = by * factor
                 parts = slopes(views, request.invariance, lambda number: unit * number)
-                for row, part in zip(
-                    total, parts[0] if views[0].dim() == 3 else parts, strict=True
-                ):
-                    row += part
+                total = parts[0] if views[0].dim() == 3 else torch.stack(parts)
         if request.variance:
             origin, shift, column = next(rest), next(rest), next(rest)
             by = scale()
             if by is not None:
-                x = (batch(views)[0] - origin).sub_(shift)
-                total.addcmul_(x, column * by)
+                total = plus((batch(views)[0] - origin).sub_(shift), column * by)
         for asked in (request.center, request.covariance, request.sketch):
             if asked:
                 piece, by = next(rest), scale()
                 if by is not None:
-                    total.addcmul_(piece, by)
+                    total = plus(piece, by)
+        if total is None:
+            return values[0].new_zeros(shape, dtype=dtype)
         return total.to(dtype)

@@ -126,9 +126,14 @@ def covariance_product(
     return torch.bmm(inner * scale, centered), squares * -scale
 
 
+def may_be_dominated(x: Tensor) -> bool:
+    """Whether :func:`diagonal_dominates` looks."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def diagonal_dominates(centered: Tensor, diagonal: Tensor, total: Tensor) -> bool:
     """Whether float32 would lose the rest. A host decision: off the CPU it would wait, so no."""
-    if centered.dtype != torch.float32 or centered.device.type != "cpu":
+    if not may_be_dominated(centered):
         return False
     return bool(total - diagonal < _DIAGONAL_DOMINATES * total)
 

@@ -57,22 +57,19 @@ def world_size(process_group: dist.ProcessGroup | None = None) -> int:
 def limit_samples(samples: int, process_group: dist.ProcessGroup | None = None) -> None:
     """Say how many samples of a view a rank will have at most, on all ranks alike.
 
-    Messages are padded to the largest batch of any rank. On a CPU the ranks tell each other at
-    every call. On a GPU, where that would wait for the device, they do so at the first call of each
-    kind, and a later batch that is larger is an error; with a limit they need not.
+    Messages are padded to the largest batch of any rank. The ranks tell each other at every call,
+    through the CPU's backend of their group (which ``init_process_group`` makes beside NCCL unless
+    it is told a backend). With a limit GPUs need not, and a larger batch is an error. In a group
+    of NCCL alone they do at the first call of each kind, and a larger batch later is an error.
 
     Args:
         samples: the most there will be in one view on one rank.
-        process_group: the group, or ``None`` for the default one.
-
-    Raises:
-        RuntimeError: without a group of several ranks.
+        process_group: the group, or ``None`` for the default one; of no effect for one rank.
     """
     _checks.integer("samples", samples, 1)
     size, name = _collectives.members(process_group)
-    if size == 1:
-        raise RuntimeError("limit_samples: expected a group of at least 2 ranks, got none.")
-    _collectives.limit_samples(_collectives.resolve(name), samples)
+    if size > 1:
+        _collectives.limit_samples(_collectives.resolve(name), samples)
 
 
 def all_gather(z: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
@@ -156,7 +153,7 @@ def batch_statistics(z: Tensor, process_group: dist.ProcessGroup | None = None) 
     x, ours = batch(views)
     if size > 1:
         call = {"function": "batch_statistics", "shape": shape, "dtype": x.dtype}
-        ranks = _collectives.meet(name, x, x.shape[1], call, x.new_empty(0))
+        ranks = _collectives.meet(name, x, x.shape[1], call, x.new_empty(0, 0))
         moments = global_moments(x, ranks)
         variance = (moments.squares / (moments.total - 1)).view(shape)
         count = moments.total.round().to(torch.int64)
@@ -212,8 +209,8 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _gather(z: Tensor, group: str, size: int) -> Tensor:
-    call = {"function": "all_gather", "shape": tuple(z.shape), "dtype": z.dtype}
-    _collectives.meet(group, z, z.shape[0], call, z.new_empty(0), least=0)
+    call = {"function": "all_gather", "dimensions": tuple(z.shape[1:]), "dtype": z.dtype}
+    _collectives.meet(group, z, z.shape[0], call, z.new_empty(0, 0), least=0, equal=True)
     return _collectives.all_gather(z, _collectives.resolve(group))
 
 
@@ -239,3 +236,7 @@ def _scatter_op(upstream: Tensor, group: str) -> Tensor:
 @_scatter_op.register_fake
 def _(upstream: Tensor, group: str) -> Tensor:
     return upstream.new_empty(upstream.shape[1:])
+
+
+for _name in ("all_gather", "reduce_scatter"):
+    _compat.keep_when_unused(_name)
