@@ -1,5 +1,6 @@
 """Several ranks where programs are unusual: what is passed, used, asked for, and out of range."""
 
+import math
 import os
 from typing import Any
 
@@ -14,6 +15,8 @@ from vicreg_losses import (
     SlicedSketchLoss,
     VarianceLoss,
     VICRegLoss,
+    _collectives,
+    _compat,
     distributed,
     functional,
 )
@@ -103,6 +106,49 @@ def large(rank: int, world: int) -> list[bool]:
 
 def test_the_range_is_that_of_one_rank() -> None:
     assert run(large, 2) == [[True] * 3] * 2
+
+
+def off_the_cpu(rank: int, world: int) -> list[Any]:
+    """In a group without a CPU's backend, on a device for which nobody waits: a stand-in.
+
+    Of each call: its error or how far the value is from that of all samples; and meetings so far.
+    """
+    meetings = []
+    gather = _collectives.all_gather
+
+    def counted(x: Tensor, group: Any) -> Tensor:
+        if x.dtype == torch.int64:
+            meetings.append(1)
+        return gather(x, group)
+
+    def call(sizes: tuple[int, int]) -> tuple[float | str, int]:
+        whole = torch.randn(1, sum(sizes), 4, generator=torch.Generator().manual_seed(1)).double()
+        alone = functional.variance_loss(whole, gather_distributed=False)
+        try:
+            value = functional.variance_loss(whole.split(sizes, 1)[rank])
+        except RuntimeError as error:
+            return str(error), len(meetings)
+        return (value - alone).abs().item(), len(meetings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_collectives, "_CPU", torch.device("meta"))
+        patch.setattr(_compat, "has_cpu_backend", lambda group: False)
+        patch.setattr(_collectives, "all_gather", counted)
+        heard = [call(sizes) for sizes in ((3, 5), (5, 2), (4, 6))]
+        distributed.limit_samples(8)
+        return [*heard, call((4, 6)), call((8, 0))]
+
+
+def test_off_the_cpu_ranks_meet_once() -> None:
+    for rank, (first, ragged, larger, limited, empty) in enumerate(run(off_the_cpu, 2)):
+        assert first == (pytest.approx(0, abs=1e-12), 1)
+        for later in (ragged, limited, empty):
+            assert later == (pytest.approx(0, abs=1e-12), 1)
+        if rank == 0:  # what the other one has left out
+            assert math.isnan(larger[0])
+        else:
+            assert "expected at most 5 samples on a rank" in larger[0]
+            assert "got 6" in larger[0]
 
 
 def asked_wrongly(rank: int, world: int) -> dict[str, str]:
