@@ -117,6 +117,8 @@ def _serve(connection: Connection) -> None:
     # As torch.use_deterministic_algorithms, which takes seconds to import what compiles.
     torch._C._set_deterministic_algorithms(True)
     warnings.simplefilter("error")
+    # As in pyproject.toml: Dynamo of torch < 2.15, of itself.
+    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
     while True:
         try:
             task = connection.recv_bytes()
