@@ -68,6 +68,11 @@ def covariance_errors() -> Table:
     return table
 
 
+def sketch_kernels(statistic: str, w: Tensor) -> Loss:
+    function = functional.sliced_sketch_loss
+    return partial(function, directions=w.float(), statistic=statistic, impl="triton")
+
+
 def sketch_errors() -> Table:
     """Where the embeddings are normal, the residual is small, and the ranks hang on roundings."""
     table = Table(
@@ -82,12 +87,7 @@ def sketch_errors() -> Table:
             for dtype, setting in SETTINGS:
                 torch.set_float32_matmul_precision(setting)
                 z = data.to(dtype)
-                ours = partial(
-                    functional.sliced_sketch_loss,
-                    directions=w.float(),
-                    statistic=statistic,
-                    impl="triton",
-                )
+                ours = sketch_kernels(statistic, w)
                 row = [f"{error:.1e}" for error in errors(ours, z, wanted)]
                 table.add_row(f"{name} {statistic} {dtype}", setting, "kernels", *row)
             plain = partial(formula, directions=w.float())
@@ -105,6 +105,30 @@ def outlier_errors() -> Table:
             z[0, 0, 0] = size
             row = [f"{error:.1e}" for error in errors(kernels, z)]
             table.add_row(f"{size:g}", str(parts), *row)
+    return table
+
+
+def sketch_extreme_errors() -> Table:
+    table = Table(
+        "input", "parts", "value", "gradient", title="sketch at extremes, (1, 40, 64), K 8"
+    )
+    w = white((64, 8))
+    w /= w.norm(dim=0)
+    outlier = white((1, 40, 64))
+    outlier[0, 0, 0] = 1e4
+    cases = [("epps_pulley, an outlier of 10,000", "epps_pulley", outlier)]
+    for statistic, scales in (("epps_pulley", (1e-9, 1e-11)), ("wasserstein", (1e-14, 1e-16))):
+        cases += [(f"{statistic}, x {s:g}", statistic, s * white((1, 40, 64))) for s in scales]
+    for name, statistic, z in cases:
+        wanted = partial(SKETCHES[statistic], directions=w)
+        for parts, setting in ((1, "high"), (2, "highest")):
+            torch.set_float32_matmul_precision(setting)
+            ours = sketch_kernels(statistic, w)
+            row = [f"{error:.1e}" for error in errors(ours, z.float(), wanted)]
+            table.add_row(name, str(parts), *row)
+        plain = partial(SKETCHES[statistic], directions=w.float())
+        row = [f"{error:.1e}" for error in errors(plain, z.float(), wanted)]
+        table.add_row(name, "published formula", *row)
     return table
 
 
@@ -148,7 +172,14 @@ def floors() -> Table:
 def main() -> None:
     console = Console()
     before = torch.get_float32_matmul_precision()
-    tables = floors, covariance_errors, outlier_errors, narrow_column_errors, sketch_errors
+    tables = (
+        floors,
+        covariance_errors,
+        outlier_errors,
+        narrow_column_errors,
+        sketch_errors,
+        sketch_extreme_errors,
+    )
     for table in tables:
         console.print(table())
     torch.set_float32_matmul_precision(before)

@@ -40,7 +40,7 @@ class Moments(NamedTuple):
         return self.origin + self.shift
 
 
-def local_mean(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _local_mean(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Deviations from the mean of this rank, (V, N, D); its high and low part, (V, 1, D)."""
     if z.shape[1] == 0:
         none = z.new_zeros(z.shape[0], 1, z.shape[2])
@@ -56,7 +56,7 @@ def own_row(z: Tensor, squares: bool = True) -> tuple[Tensor, Tensor]:
 
     And the deviations from its own mean.
     """
-    rest, high, low = local_mean(z)
+    rest, high, low = _local_mean(z)
     parts = [high.new_full((1,), z.shape[1]), high.flatten(), low.flatten()]
     if squares:
         parts.append(squared_sums(rest).flatten())

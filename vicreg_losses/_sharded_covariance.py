@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._collectives import Ranks, all_reduce_
-from ._moments import Moments, global_moments, local_mean, merge, own_row, row_length
+from ._moments import Moments, global_moments, merge, own_row, row_length
 from ._sharded_sketch import Gathered
 from ._torch import CHUNK, energy, wide
 
@@ -76,9 +76,8 @@ def add_products(
     numbers = [x.to(z.dtype).view(1) for x in extra]
     spread = None
     if is_one_message(ranks.size, dimensions):
-        x = local_mean(z)[0]
         rows = z.new_zeros(ranks.size, row_length(shape, squares=False))
-        rows[ranks.rank] = own_row(z, squares=False)[0]
+        rows[ranks.rank], x = own_row(z, squares=False)
         parts = [*_block_products(x), rows.view(-1), *numbers]
     else:
         moments = global_moments(z, ranks)
