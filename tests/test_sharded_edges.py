@@ -151,6 +151,14 @@ def test_off_the_cpu_ranks_meet_once() -> None:
             assert "got 6" in larger[0]
 
 
+def test_slices_off_the_cpu_are_looked_at_once() -> None:
+    """Later the host would wait for the device at every call."""
+    for device, later in (("cpu", 16), ("meta", 0)):
+        directions = torch.empty(6, 9, device=device)
+        assert _collectives.looked_at(directions, True).numel() == 54
+        assert _collectives.looked_at(directions, False).numel() == later
+
+
 def asked_wrongly(rank: int, world: int) -> dict[str, str]:
     z, _ = share(rank)
     said = {"group": refusal(lambda: functional.center_loss(z, process_group=3))}

@@ -145,8 +145,7 @@ def meet(
         like: gives the device.
         samples: of one view on this rank.
         call: what must be the same on all ranks.
-        content: numbers that must be, (D, K) or none: all of them are looked at in the first call
-            of a kind or in debug mode, else some, which tell random ones apart.
+        content: numbers that must be, (D, K) or none, see :func:`looked_at`.
         least: how many samples all ranks must have together.
         equal: whether each must have the same number of them.
 
@@ -173,7 +172,7 @@ def meet(
     if not (first or debug or like.device == _CPU or (on_cpu and limit is None)):
         return Ranks(group, size, rank, limit or agreed[kind])
     said = {**call, "limit of samples": limit, "VICREG_LOSSES_DEBUG": debug}
-    said["seed, step or directions"] = _digest(content if first or debug else content[:4, :4])
+    said["seed, step or directions"] = _digest(looked_at(content, first or debug))
     code = int.from_bytes(hashlib.blake2b(repr(said).encode(), digest_size=8).digest(), "big") >> 1
     mine = torch.tensor([samples, code], dtype=torch.int64, device=device)
     heard = all_gather(mine, group).tolist()
@@ -190,6 +189,16 @@ def meet(
 
 
 _CPU = torch.device("cpu")
+
+
+def looked_at(content: Tensor, everything: bool) -> Tensor:
+    """What is compared of it: in the first call of a kind, or in debug mode, all.
+
+    Later a few numbers, which tell random ones apart; none off the CPU, where that would wait.
+    """
+    if everything:
+        return content
+    return content[:4, :4] if content.device == _CPU else content[:0]
 
 
 def _digest(content: Tensor) -> str:

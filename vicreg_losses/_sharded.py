@@ -6,6 +6,7 @@ them, averaging, it is W times the derivative.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,24 +170,11 @@ class _Call:
                 mine = -(-w.shape[1] // ranks.size)
                 w = w[:, ranks.rank * mine : (ranks.rank + 1) * mine]
             if sigma is None:
-                total, slope = send_samples(
-                    self.gathered,
-                    w,
-                    ranks,
-                    None,
-                    lambda p: epps_pulley_rows_(p, table, there, count),
-                    z.shape[1],
-                )
+                evaluate = partial(epps_pulley_rows_, table=table, there=there, count=count)
             else:
                 targets = padded_quantiles(count, length, request.quantiles, z.dtype)
-                total, slope = send_samples(
-                    self.gathered,
-                    w,
-                    ranks,
-                    sigma,
-                    lambda p: wasserstein_rows_(p, there, targets),
-                    z.shape[1],
-                )
+                evaluate = partial(wasserstein_rows_, there=there, targets=targets)
+            total, slope = send_samples(self.gathered, w, ranks, sigma, evaluate, z.shape[1])
         else:
             assert sigma is not None
             x = self.moments.center(z).div_(sigma)
