@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check gate bench clean
 
 demo: $(VENV)/.ready  ## train on real digits: collapse, VICReg and VISReg side by side
-	$(BIN)/python examples/pretrain.py $(ARGS)
+	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.ready  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

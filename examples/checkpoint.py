@@ -1,74 +1,58 @@
-"""What a training consists of, saved and restored."""
+"""Checkpoints that are whole whenever the process dies, and that run no code when they are read."""
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
 
-Settings = argparse.Namespace
+NAME = "checkpoint.pt"
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message is one line and names the path."""
+    """A checkpoint cannot be read or written; the message is one line and names the path."""
 
 
-@dataclass
-class Run:
-    """One objective's training: all that changes while it trains, and so all that is saved.
+def write(path: Path, saved: Any) -> None:
+    """Replace ``path`` by what is saved, or leave it as it is.
 
-    It is the same on all ranks. ``model`` is the network, or the network over all ranks.
+    The new file is complete, and on the disk, before it takes the name of the old one.
+
+    Raises:
+        CheckpointError: It cannot be written, e.g. because the disk is full.
     """
-
-    name: str
-    network: nn.Sequential
-    model: nn.Module
-    objective: nn.Module
-    optimiser: torch.optim.Optimizer
-    step: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    STATEFUL = ("network", "objective", "optimiser")
-    PLAIN = ("name", "step", "seconds", "history")
-
-    def save(self, path: Path, settings: Settings) -> None:
-        """Write a checkpoint that is whole whenever the process dies."""
-        saved = {key: getattr(self, key).state_dict() for key in self.STATEFUL}
-        saved |= {key: getattr(self, key) for key in self.PLAIN}
-        local = ("resume", "out", "device", "workers")
-        kept = {key: value for key, value in vars(settings).items() if key not in local}
-        saved["settings"] = kept | {"data": settings.data and str(settings.data)}
-        scratch = path.with_suffix(".tmp")
-        torch.save(saved, scratch)
+    scratch = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(scratch, "wb") as file:
+            torch.save(saved, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(scratch, path)
-
-    def restore(self, checkpoint: Mapping[str, Any]) -> None:
-        """Continue exactly where ``checkpoint`` was saved."""
-        for key in self.STATEFUL:
-            getattr(self, key).load_state_dict(checkpoint[key])
-        for key in self.PLAIN:
-            setattr(self, key, checkpoint[key])
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
+        scratch.unlink(missing_ok=True)
+        kept = "; the previous one is as it was" if path.exists() else ""
+        raise CheckpointError(f"{path}: cannot be written: {_first_line(error)}{kept}") from error
 
 
-def load_checkpoints(path: Path) -> dict[str, Any]:
-    """Read one checkpoint, or all of a folder, by objective."""
-    files = sorted(path.glob("checkpoint-*.pt")) if path.is_dir() else [path]
-    if not files:
-        raise CheckpointError(f"{path}: no checkpoints in this folder")
-    found = {}
-    for file in files:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            found[checkpoint["name"]] = checkpoint
-        except (OSError, EOFError, LookupError, RuntimeError, TypeError, UnpicklingError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{file}: not a checkpoint of this script: {reason}") from error
-    return found
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, or that of a folder, without running code that it may hold.
+
+    Raises:
+        CheckpointError: There is none, or it is something else.
+    """
+    file = path / NAME if path.is_dir() else path
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, LookupError, RuntimeError, TypeError, UnpicklingError) as error:
+        problem = f"{file}: not a checkpoint of this script: {_first_line(error)}"
+        raise CheckpointError(problem) from error
+    if not isinstance(saved, dict) or "settings" not in saved:
+        raise CheckpointError(f"{file}: not a checkpoint of this script: it has no settings")
+    return saved
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

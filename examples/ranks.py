@@ -1,4 +1,4 @@
-"""The ranks that ``torchrun`` starts: their group, their parts of a batch, the network over them.
+"""The ranks that ``torchrun`` starts: their group, their parts of a batch, batch norm over them.
 
 Without ``torchrun`` there is one rank, and nothing here communicates.
 """
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 
 class BatchError(Exception):
@@ -50,14 +49,6 @@ def part(batch: int) -> slice:
     return slice(rank() * own, (rank() + 1) * own)
 
 
-def place(device: torch.device) -> torch.device:
-    """The device of this rank: a GPU for each, if they are to run on GPUs."""
-    if size() > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
-
-
 @contextmanager
 def group(device: torch.device) -> Iterator[None]:
     """Let the ranks communicate inside the ``with``."""
@@ -65,41 +56,42 @@ def group(device: torch.device) -> Iterator[None]:
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    interrupt = None
-    try:
-        yield
-    except KeyboardInterrupt as error:  # which they agreed on
-        interrupt = error
-    # Not after any other error: it may be one rank's, and NCCL would wait for the others, when the
-    # end of this process is what lets torchrun end them.
+    # Not after an error: it may be one rank's, and NCCL would wait for the others, when the end of
+    # this process is what lets torchrun end them.
+    yield
     dist.destroy_process_group()
-    if interrupt:
-        raise interrupt
 
 
-def agree(asked: bool) -> bool:
-    """Whether any rank asks; all wait for the last one. The devices need not wait."""
-    if size() == 1:
-        return asked
-    any_asks = torch.tensor(int(asked))
-    dist.all_reduce(any_asks, dist.ReduceOp.MAX)
-    return bool(any_asks)
+def largest(*numbers: int) -> list[int]:
+    """The largest of each number over ranks; all wait for the last rank.
 
-
-def parallel(network: nn.Module, device: torch.device) -> nn.Module:
-    """What to call to train ``network``: batch norm and gradients become those of all ranks.
-
-    ``network`` keeps its parameters and the names in its state, so one rank can load it.
+    They travel between the CPUs: no device waits.
     """
+    return merge(torch.tensor(numbers)).tolist()
+
+
+def merge(numbers: Tensor) -> Tensor:
+    """Replace each number, on the CPU, by the largest over ranks."""
+    if size() > 1:
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers
+
+
+def wait() -> None:
+    """Wait for all ranks."""
+    largest(0)
+
+
+def synchronise_batch_norm(network: nn.Module, device: torch.device) -> None:
+    """Let batch norm take the statistics of all ranks; parameters keep their names."""
     if size() == 1:
-        return network
+        return
     if device.type == "cpu":
         for module in network.modules():
             if isinstance(module, _BatchNorm):
                 module.__class__ = CPUSyncBatchNorm
     else:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return DistributedDataParallel(network)
 
 
 class CPUSyncBatchNorm(_BatchNorm):
@@ -125,7 +117,10 @@ class CPUSyncBatchNorm(_BatchNorm):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_(variance.flatten() * count / (count - 1), self.momentum)
-        scale = self.weight.view_as(mean) * (variance + self.eps).rsqrt()
+        scale = (variance + self.eps).rsqrt()
+        if not self.affine:
+            return (centered * scale).to(x.dtype)
+        scale = self.weight.view_as(mean) * scale
         return torch.addcmul(self.bias.view_as(mean), centered, scale).to(x.dtype)
 
 

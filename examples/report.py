@@ -1,29 +1,25 @@
-"""What a run was worth: linear probe, embedding health, table, figure and verdict."""
+"""What a run was worth: linear probe, k-NN, embedding health, table, figure and verdict."""
 
 from __future__ import annotations
 
-import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
-from data import Images
+from data import Images, ordered_batches
+from evaluation import encode, knn_accuracy, logistic_accuracy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from networks import Network
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from vicreg_losses import diagnostics
 
 PROBE_IMAGES = 10_000
+BATCH = 256
 MARGIN = 0.02
 UNTRAINED = "untrained"
 TITLES = {
@@ -31,6 +27,11 @@ TITLES = {
     "invariance": "invariance alone",
     "vicreg": "VICReg",
     "visreg": "VISReg",
+    "lejepa": "LeJEPA",
+    "simsiam": "SimSiam",
+    "byol": "BYOL",
+    "simclr": "SimCLR",
+    "barlow": "Barlow Twins",
 }
 COLOURS = {
     UNTRAINED: "0.6",
@@ -38,14 +39,19 @@ COLOURS = {
     "vicreg": "#0072B2",
     "visreg": "#009E73",
 }
+OTHER_COLOUR = "#0072B2"
 TERM_COLOURS = {
-    "total": "black",
+    "loss": "black",
     "invariance": COLOURS["invariance"],
     "variance": "#56B4E9",
     "scale": "#56B4E9",
     "covariance": "#CC79A7",
     "shape": "#CC79A7",
     "center": "#E69F00",
+    "sketch": "#CC79A7",
+    "added variance": "#56B4E9",
+    "added covariance": "#CC79A7",
+    "added sketch": "#009E73",
 }
 
 
@@ -54,7 +60,9 @@ class Outcome:
     """One row of the table.
 
     Attributes:
+        name: What was trained: a loss, with the names of added terms after "+".
         accuracy: Linear-probe accuracy on the held-out images, in [0, 1].
+        knn: Accuracy there of 20 nearest neighbours among the training images, in [0, 1].
         effective_rank: Effective rank of the held-out embeddings, between 1 and their dimension.
         smallest_std: Smallest standard deviation of any embedding dimension.
         seconds: Training time, over all sittings of an interrupted run.
@@ -63,51 +71,49 @@ class Outcome:
 
     name: str
     accuracy: float
+    knn: float
     effective_rank: float
     smallest_std: float
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def health(z: Tensor) -> tuple[float, float]:
-    """Smallest standard deviation of any dimension, and effective rank, of (N, D) embeddings."""
-    report = diagnostics.embedding_report(z)
-    return report.std_min, report.effective_rank
+def title(name: str) -> str:
+    """A run's name for people."""
+    loss, *added = name.split("+")
+    return " + ".join([TITLES[loss], *added])
 
 
-@torch.inference_mode()
 def evaluate(
-    name: str, network: nn.Sequential, images: Images, settings: argparse.Namespace
+    name: str, network: Network, images: Images, device: torch.device, workers: int
 ) -> Outcome:
     """Probe the backbone's features, and look at the embeddings, of images as they are."""
     network.eval()
-    backbone, projector = network
-    encoded = []
-    for samples in (images.train, images.held_out):
-        loader = DataLoader(samples, settings.batch_size, num_workers=settings.workers)
-        features, labels = [], []
-        for pixels, targets in islice(loader, math.ceil(PROBE_IMAGES / settings.batch_size)):
-            features.append(backbone(pixels.to(settings.device) / 255))
-            labels.append(targets)
-        encoded.append((torch.cat(features), torch.cat(labels)))
-    smallest_std, effective_rank = health(projector(encoded[1][0]))
-    (x_train, y_train), (x_test, y_test) = ((x.float().cpu(), y) for x, y in encoded)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000, tol=1e-3))
-    with threadpool_limits(1, "blas"):  # on matrices this small, threads mostly wait for each other
-        accuracy = probe.fit(x_train, y_train).score(x_test, y_test)
-    return Outcome(name, float(accuracy), effective_rank, smallest_std)
+    prepare = images.views.plain
+
+    def encoded(samples: object) -> tuple[Tensor, Tensor]:
+        batches = islice(ordered_batches(samples, BATCH, workers), PROBE_IMAGES // BATCH + 1)
+        return encode(network.features, batches, prepare, device)
+
+    train, test = encoded(images.train), encoded(images.held_out)
+    with torch.inference_mode():
+        report = diagnostics.embedding_report(network.expander(test[0]))
+    knn = knn_accuracy(*train, *test, classes=len(images.classes))
+    accuracy = logistic_accuracy(*(part.cpu() for part in (*train, *test)))
+    return Outcome(name, accuracy, knn, report.effective_rank, report.std_min)
 
 
-def table(outcomes: Sequence[Outcome], dimensions: int) -> Table:
+def table(outcomes: Sequence[Outcome], dimensions: int | str) -> Table:
     """The closing table, one row per outcome."""
     result = Table(title=f"Held-out images: probe of the features, {dimensions}-d embeddings")
     result.add_column("objective", no_wrap=True)
-    for heading in ("probe accuracy", "effective rank", "smallest std", "seconds"):
+    for heading in ("linear probe", "k-NN", "effective rank", "smallest std", "seconds"):
         result.add_column(heading, justify="right")
     for row in outcomes:
         result.add_row(
-            TITLES[row.name],
+            title(row.name),
             f"{row.accuracy:.3f}",
+            f"{row.knn:.3f}",
             f"{row.effective_rank:.1f}",
             f"{row.smallest_std:.2g}",
             f"{row.seconds:.0f}" if row.history else "-",
@@ -146,30 +152,32 @@ def figure(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def _draw_terms(axes: Axes, row: Outcome) -> None:
-    epochs = [record["epoch"] for record in row.history]
+    epochs, lowest = [record["epoch"] for record in row.history], 1.0
     for term in filter(row.history[0].__contains__, TERM_COLOURS):
         values = [record[term] for record in row.history]
         axes.plot(epochs, values, color=TERM_COLOURS[term], label=term)
-    axes.set(xlabel="epoch", ylabel="value (log scale)", title=TITLES[row.name], yscale="log")
+        lowest = min(lowest, *values)
+    scale = "log" if lowest > 0 else "linear"  # SimSiam's and BYOL's are negative
+    axes.set(xlabel="epoch", ylabel=f"value ({scale} scale)", title=title(row.name), yscale=scale)
     axes.grid(alpha=0.3)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
     axes.legend(**below, ncols=5, handlelength=1, columnspacing=1, frameon=False)
 
 
-def _draw_health(axes: Axes, trained: Sequence[Outcome], key: str, title: str) -> None:
+def _draw_health(axes: Axes, trained: Sequence[Outcome], key: str, label: str) -> None:
     for row in trained:
         epochs = [record["epoch"] for record in row.history]
         values = [record[key] for record in row.history]
-        axes.plot(epochs, values, color=COLOURS[row.name], label=TITLES[row.name])
-    axes.set(xlabel="epoch", ylabel=title, title=f"{title[0].upper()}{title[1:]} by epoch")
+        axes.plot(epochs, values, color=COLOURS.get(row.name, OTHER_COLOUR), label=title(row.name))
+    axes.set(xlabel="epoch", ylabel=label, title=f"{label[0].upper()}{label[1:]} by epoch")
     axes.grid(alpha=0.3)
     axes.legend()
 
 
 def _draw_accuracies(axes: Axes, outcomes: Sequence[Outcome]) -> None:
-    names = [TITLES[row.name].replace(" ", "\n") for row in outcomes]
+    names = [title(row.name).replace(" ", "\n") for row in outcomes]
     percent = [100 * row.accuracy for row in outcomes]
-    bars = axes.bar(names, percent, color=[COLOURS[row.name] for row in outcomes])
+    bars = axes.bar(names, percent, color=[COLOURS.get(row.name, OTHER_COLOUR) for row in outcomes])
     axes.bar_label(bars, fmt="%.1f %%")
     # Not from zero, where 84 and 97 % would look alike; hence the labels.
     axes.set(ylabel="accuracy (%)", title="Linear probe, held-out images")

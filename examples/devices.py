@@ -1,0 +1,53 @@
+"""Where a training runs: device, ranks and precision by Lightning Fabric, loader processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ranks
+import torch
+from data import Images
+from lightning_fabric import Fabric
+from lightning_fabric.loggers import TensorBoardLogger
+from lightning_fabric.plugins import MixedPrecision, Precision
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy
+from settings import Settings, SettingsError
+
+
+def new_fabric(settings: Settings, out: Path | None = None, step: int = 0) -> Fabric:
+    """Devices, precision and ranks, by Lightning Fabric; the ranks are ``torchrun``'s."""
+    device = place(settings.device)
+    precision = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
+    plugin = MixedPrecision(precision, device.type) if precision.endswith("mixed") else Precision()
+    plugins = [plugin, TorchElasticEnvironment()] if ranks.size() > 1 else [plugin]
+    logged = [TensorBoardLogger(out, "", "tensorboard", purge_step=step)] if out else []
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=ranks.neighbours(),
+        num_nodes=ranks.size() // ranks.neighbours(),
+        strategy=DDPStrategy() if ranks.size() > 1 else "auto",
+        plugins=plugins,
+        loggers=logged,
+    )
+    fabric.launch()
+    return fabric
+
+
+def place(device: str) -> torch.device:
+    """The kind of device that "auto" is here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device: expected one that this machine has, got cuda")
+    return torch.device(device)
+
+
+def precision_of(fabric: Fabric) -> Precision:
+    """Fabric's precision plugin: it has the scaler of fp16, which Fabric does not save."""
+    return fabric.strategy.precision
+
+
+def workers(settings: Settings, images: Images) -> int:
+    """Loader processes of this rank."""
+    return images.workers if settings.workers is None else settings.workers
