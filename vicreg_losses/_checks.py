@@ -211,7 +211,8 @@ def warn_of_unit_norm(name: str, tensors: Sequence[Tensor], gamma: float = 1.0) 
     warnings.warn(
         f"{name}: the rows of the embeddings have length 1, so their standard deviation cannot "
         f"exceed D^-1/2 = {reachable:.3g} per dimension. Regularize them before they are "
-        "normalized, or multiply them by D^1/2 (or set the hinge's gamma to D^-1/2).",
+        "normalized, or multiply them by D^1/2 (or set the hinge's gamma to D^-1/2 and its eps to "
+        "1e-4 / D).",
         UserWarning,
         stacklevel=4,
     )
