@@ -37,6 +37,15 @@ def write(path: Path, saved: Any) -> None:
         raise CheckpointError(f"{path}: cannot be written: {_first_line(error)}{kept}") from error
 
 
+def set_aside(folder: Path) -> Path | None:
+    """Rename the checkpoint of an earlier run in ``folder``, so that a new one loses nothing."""
+    path, aside = folder / NAME, folder / "checkpoint-previous.pt"
+    if not path.exists():
+        return None
+    os.replace(path, aside)
+    return aside
+
+
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint, or that of a folder, without running code that it may hold.
 

@@ -100,12 +100,14 @@ def architectures() -> list[str]:
     return [TINY, *torchvision.models.list_models(torchvision.models, include="*resne*")]
 
 
-def build(settings: Settings) -> Network:
-    """The network of ``settings``, with weights that its seed alone decides.
+def check(arch: str) -> None:
+    """Refuse what is not a ResNet of torchvision."""
+    if arch not in architectures():
+        raise SettingsError(f"--arch: expected one of {', '.join(architectures())}, got {arch!r}")
 
-    Raises:
-        SettingsError: torchvision has no such ResNet.
-    """
+
+def build(settings: Settings) -> Network:
+    """The network of ``settings``, with weights that its seed alone decides."""
     torch.manual_seed(settings.seed)
     widths = [int(width) for width in settings.expander.split("-")]
     backbone = build_backbone(settings.arch, settings.image_size)
@@ -117,8 +119,6 @@ def build(settings: Settings) -> Network:
 
 def build_backbone(arch: str, image_size: int) -> ResNet:
     """A ResNet of random weights; for small images its first kernel is 3x3."""
-    if arch not in architectures():
-        raise SettingsError(f"--arch: expected one of {', '.join(architectures())}, got {arch!r}")
     if arch == TINY:
         backbone = ResNet(BasicBlock, [1, 1, 1, 1])
     else:

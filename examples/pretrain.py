@@ -18,7 +18,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -77,16 +78,20 @@ def pretrain(
         Stopped: Ctrl-C or SIGTERM came, and the last whole step is saved.
     """
     options.check(settings)
-    devices.place(settings.device)
+    networks.check(settings.arch)
+    device = devices.place(settings.device)
     images = load_images(settings)
     ranks.check(training.batch_size(images, settings))
-    with ranks.group(devices.place(settings.device)):
+    make_folder(Path(settings.out))
+    with ranks.group(device):
         first = ranks.rank() == 0
         step = saved["step"] if saved else 0
         fabric = devices.new_fabric(settings, Path(settings.out) if first else None, step)
         run = training.new_run(settings, images, fabric)
         if saved:
             run.restore(saved, settings.out)
+        elif first and (aside := checkpoint.set_aside(run.out)):
+            console.print(f"an earlier run's checkpoint is now {aside}", soft_wrap=True)
         with progress(console) as bar:
             task = bar.add_task(report.title(name_of(settings)), total=run.total, loss="")
             bar.update(task, completed=run.step)
@@ -96,6 +101,16 @@ def pretrain(
     if stopped:
         raise Stopped(stopped)
     return outcome
+
+
+def make_folder(out: Path) -> None:
+    """Find out before the training whether its results can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out: expected a folder to write to: {error}") from error
+    if not os.access(out, os.W_OK):
+        raise SettingsError(f"--out: expected a folder to write to, got {out}, which is read-only")
 
 
 def name_of(settings: Settings) -> str:
@@ -198,9 +213,24 @@ def begin(given: dict[str, Any], quick: bool, resume: Path | None) -> tuple[Sett
     return Settings(**options.resumed(saved["settings"], given, resume)), saved
 
 
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the script as it would end a shell's, where no training defers it."""
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; give back the exit status."""
-    console = Console(quiet=ranks.rank() > 0)
+    with exit_on_sigterm():
+        return run_command(argv, Console(quiet=ranks.rank() > 0))
+
+
+def run_command(argv: Sequence[str] | None, console: Console) -> int:
+    """Do what the command line asks; its errors are one line each."""
     out = ""
     try:
         given, asked = options.parse(argv, __doc__)
@@ -221,6 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.rank() == 0:
             print(f"pretrain.py: {stop}: saved; --resume {out} continues", file=sys.stderr)
         return 0 if stop.number == signal.SIGINT else 128 + stop.number
+    except KeyboardInterrupt:  # before or after the steps, or a second one
+        print("pretrain.py: interrupted", file=sys.stderr)
+        return 130
     if ranks.rank() == 0:
         console.print(report.table([outcome], settings.expander.split("-")[-1]))
         console.print(f"checkpoint, backbone, curves and results are in {out}", soft_wrap=True)

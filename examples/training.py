@@ -113,9 +113,8 @@ class Run:
             raise checkpoint.CheckpointError(f"{path}: does not fit this run: {problem}") from error
 
     def save(self) -> None:
-        """Write the checkpoint and, for torchvision, the backbone."""
+        """Write the checkpoint."""
         if ranks.rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
             checkpoint.write(self.out / checkpoint.NAME, self.state())
 
 

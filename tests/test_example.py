@@ -213,6 +213,14 @@ def test_bad_settings_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_folder_that_cannot_be_made_is_named(
+    pretrain: ModuleType, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert pretrain.main([*SHORT, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "error: --out: expected a folder to write to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -247,6 +255,15 @@ def test_checkpoint_of_another_configuration_says_what_differs(
     assert run("--resume", out, "--epochs", 2) == 0  # a longer run of the same kind
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 4
     assert before != (out / "checkpoint.pt").read_bytes()
+
+
+def test_earlier_run_in_the_folder_is_kept(run: Run, tmp_path: Path, capsys: Capture) -> None:
+    assert run(*SHORT) == 0
+    before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    assert run(*SHORT, "--seed", 1) == 0
+    aside = tmp_path / "out" / "checkpoint-previous.pt"
+    assert aside.read_bytes() == before
+    assert f"is now {aside}" in capsys.readouterr().out.replace("\n", "")
 
 
 class Stranger:
