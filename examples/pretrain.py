@@ -140,8 +140,9 @@ def between_epochs(run: Run, epoch: int) -> None:
     if ranks.rank() == 0:
         outcome = judge(run)
         found = {"linear_probe": outcome.accuracy, "knn": outcome.knn}
+        found = {name: value for name, value in found.items() if value is not None}
         run.fabric.log_dict(found, run.step)
-        run.history[-1] |= found
+        run.evaluations.append({"epoch": epoch, **found})
     ranks.wait()
 
 
@@ -153,6 +154,7 @@ def finish(run: Run) -> report.Outcome:
     results = {
         "settings": asdict(run.settings),
         "outcome": asdict(outcome),
+        "evaluations": run.evaluations,
         "images_per_second": seen / run.seconds if run.seconds else None,
         "unreadable_images": run.images.unreadable.count(),
     }

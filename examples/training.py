@@ -39,6 +39,7 @@ from vicreg_losses import diagnostics, distributed
 SEED_STRIDE = 1_000_003  # keeps the generators of different seeds apart
 LOOKED_AT = 512  # embeddings whose rank and std are logged
 OPTIMIZERS = {"lars": "lars", "sgd": "momentum", "adamw": "adamw"}  # timm's "sgd" is Nesterov's
+ADVICE = ": a lower --lr, a longer --warmup-epochs or --clip 1 may help"
 Batch = tuple[Tensor, Tensor]
 
 
@@ -57,6 +58,7 @@ class Run:
         step: Optimiser steps done.
         seconds: Spent on them, over all sittings.
         history: What was logged.
+        evaluations: What was found between epochs, on rank 0.
     """
 
     settings: Settings
@@ -72,6 +74,9 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+    PLAIN = ("step", "seconds", "history", "evaluations")
 
     def __post_init__(self) -> None:
         self.out = Path(self.settings.out)
@@ -98,22 +103,31 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
         saved = {name: part.state_dict() for name, part in self._stateful().items()}
-        plain = {"step": self.step, "seconds": self.seconds, "history": self.history}
-        return saved | plain | {"settings": asdict(self.settings)}
+        saved |= {name: getattr(self, name) for name in self.PLAIN}
+        return saved | {"settings": asdict(self.settings)}
 
     def restore(self, saved: Mapping[str, Any], path: object) -> None:
         """Continue where ``saved`` was."""
         try:
             for name, part in self._stateful().items():
                 part.load_state_dict(saved[name])
-            self.step, self.seconds = saved["step"], saved["seconds"]
-            self.history = list(saved["history"])
+            for name in self.PLAIN:
+                setattr(self, name, saved[name])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
             raise checkpoint.CheckpointError(f"{path}: does not fit this run: {problem}") from error
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint.
+
+        Raises:
+            TrainingError: The weights are not finite, on any rank, as gradients are averaged.
+        """
+        values = [
+            value for value in self.network.state_dict().values() if value.is_floating_point()
+        ]
+        if not torch.stack([value.isfinite().all() for value in values]).all():
+            raise TrainingError(f"the weights of step {self.step} are not finite{ADVICE}")
         if ranks.rank() == 0:
             checkpoint.write(self.out / checkpoint.NAME, self.state())
 
@@ -253,8 +267,8 @@ def train(run: Run, bar: Progress, task: TaskID, after_epoch: Callable[[int], No
                     return stop
             ranks.merge(run.images.unreadable.found)  # each rank has read other images
             run.images.unreadable.check()
-            run.save()
             after_epoch(epoch + 1)
+            run.save()
     return 0
 
 
@@ -290,8 +304,7 @@ def record(run: Run, logged: Mapping[str, Tensor]) -> None:
     point |= {"probe_accuracy": run.probe.top1(), "lr": run.optimizer.param_groups[0]["lr"]}
     run.fabric.log_dict(point, run.step)
     if not math.isfinite(point["loss"]):
-        found = f"the loss of step {run.step} is {point['loss']}"
-        raise TrainingError(f"{found}: a lower --lr, a longer --warmup-epochs or --clip 1 may help")
+        raise TrainingError(f"the loss of step {run.step} is {point['loss']}{ADVICE}")
     run.history.append({"epoch": run.step / run.per_epoch, **point})
 
 

@@ -113,8 +113,9 @@ def test_options_change_what_they_say(
     assert saved["step"] == 1  # two passes in one step
     assert len(compiled) == 1
     assert run(*SHORT, "--epochs", 4, *options[:-2], "--eval-every", 2) == 0
-    history = results(tmp_path / "out")["outcome"]["history"]
-    assert [at["epoch"] for at in history if "knn" in at] == [2]  # the last is judged as the run
+    evaluations = results(tmp_path / "out")["evaluations"]
+    assert [at["epoch"] for at in evaluations] == [2]  # the last is judged as the run
+    assert 0 <= evaluations[0]["knn"] <= 1
     teacher = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["teacher"]
     assert teacher.keys() >= {"module.backbone.conv1.weight"}
 
@@ -312,10 +313,35 @@ def test_full_disk_leaves_the_previous_checkpoint(
     assert run("--resume", path.parent, "--epochs", 2) == 0
 
 
-def test_loss_that_is_not_finite_ends_the_run(run: Run, tmp_path: Path, capsys: Capture) -> None:
-    assert run(*SHORT, "--save-every", 1, "--lr", 1e30, "--warmup-epochs", 0) == 1
-    assert "pretrain.py: error: the loss of step 2 is nan" in capsys.readouterr().err
-    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 1
+@pytest.mark.parametrize(
+    ("log_every", "message"),
+    [(1, "error: the loss of step 2 is nan"), (99, "error: the weights of step 2 are not finite")],
+)
+def test_training_that_diverges_keeps_a_checkpoint_that_is_finite(
+    run: Run, tmp_path: Path, capsys: Capture, log_every: int, message: str
+) -> None:
+    steps = ("--epochs", 2, "--save-every", 1, "--log-every", log_every)
+    assert run(*TINY, *steps, "--lr", 1e30, "--warmup-epochs", 0) == 1
+    assert message in capsys.readouterr().err
+    saved = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 1
+    assert all(value.isfinite().all() for value in saved["network"].values())
+
+
+def test_probe_sees_all_classes_of_a_sorted_folder(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = import_module("report")
+    seen = []
+    monkeypatch.setattr(report, "PROBE_IMAGES", 10)
+    monkeypatch.setattr(
+        report, "knn_accuracy", lambda x, y, *rest, **more: seen.append(y.unique().tolist()) or 0.5
+    )
+    for part in ("train", "val"):
+        make_folder(tmp_path / "pets" / part, per_class=20)
+    shape = ("--preset", "small", "--image-size", 16, "--workers", 0, "--data", tmp_path / "pets")
+    assert run(*TINY[:2], *TINY[4:], "--epochs", 1, *shape) == 0
+    assert seen[-1] == [0, 1]
 
 
 def test_presets_are_the_papers(pretrain: ModuleType) -> None:
