@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 NAME = "checkpoint.pt"
+PARTS = ("settings", "step", "network")  # what every one has
 
 
 class CheckpointError(Exception):
@@ -37,12 +39,15 @@ def write(path: Path, saved: Any) -> None:
         raise CheckpointError(f"{path}: cannot be written: {_first_line(error)}{kept}") from error
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Rename the checkpoint of an earlier run in ``folder``, so that a new one loses nothing."""
-    path, aside = folder / NAME, folder / "checkpoint-previous.pt"
-    if not path.exists():
+def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
+    """Move an earlier run's files to a folder within ``folder``: a new one loses nothing."""
+    if not (folder / NAME).exists():
         return None
-    os.replace(path, aside)
+    aside = next(p for n in count(1) if not (p := folder / f"previous-{n}").exists())
+    aside.mkdir()
+    for name in (NAME, *names):
+        if (folder / name).exists():
+            os.replace(folder / name, aside / name)
     return aside
 
 
@@ -55,12 +60,27 @@ def read(path: Path) -> dict[str, Any]:
     file = path / NAME if path.is_dir() else path
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, LookupError, RuntimeError, TypeError, UnpicklingError) as error:
+    except Exception as error:  # the reader of a damaged file raises whatever it likes
         problem = f"{file}: not a checkpoint of this script: {_first_line(error)}"
         raise CheckpointError(problem) from error
-    if not isinstance(saved, dict) or "settings" not in saved:
-        raise CheckpointError(f"{file}: not a checkpoint of this script: it has no settings")
+    lacking = [part for part in PARTS if not isinstance(saved, dict) or part not in saved]
+    if lacking:
+        problem = f"it has no {', '.join(lacking)}"
+        raise CheckpointError(f"{file}: not a checkpoint of this script: {problem}")
     return saved
+
+
+def restore(path: object, saved: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Load the states of ``parts``.
+
+    Raises:
+        CheckpointError: One is missing, or is that of something else.
+    """
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: does not fit this run: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

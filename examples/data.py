@@ -50,6 +50,7 @@ GRAY_VIEWS = {"FashionMNIST": augment.FASHION, "fashion-mnist": augment.FASHION}
 FASHION_PACKAGE = "dataset-fashion-mnist"  # of Debian and Ubuntu
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where it puts its files
 FOLDER_SIZE = 224
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,9 @@ def _folder(name: str, size: int, limit: int | None) -> Images:
     official = [Path(name) / part for part in ("train", "val")]
     if not all(path.is_dir() for path in official):
         whole = _image_folder(Path(name), size)
+        if odd := SPLITS & {part.lower() for part in whole.classes}:
+            got = ", ".join(sorted(odd))
+            raise DataError(f"{name}: expected train and val, or a folder per class, got {got}")
         rows = _hold_out(whole.targets, limit, name)
         return _decoded(name, [whole], rows, size, whole.classes)
     parts = [_image_folder(path, size) for path in official]

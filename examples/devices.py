@@ -16,12 +16,15 @@ from settings import Settings, SettingsError
 
 
 def new_fabric(settings: Settings, out: Path | None = None, step: int = 0) -> Fabric:
-    """Devices, precision and ranks, by Lightning Fabric; the ranks are ``torchrun``'s."""
+    """Devices, precision and ranks, by Lightning Fabric; the ranks are ``torchrun``'s.
+
+    TensorBoard's points after ``step`` are those of a run that was killed, and are dropped.
+    """
     device = place(settings.device)
     precision = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[settings.precision]
     plugin = MixedPrecision(precision, device.type) if precision.endswith("mixed") else Precision()
     plugins = [plugin, TorchElasticEnvironment()] if ranks.size() > 1 else [plugin]
-    logged = [TensorBoardLogger(out, "", "tensorboard", purge_step=step)] if out else []
+    logged = [TensorBoardLogger(out, "", "tensorboard", purge_step=step + 1)] if out else []
     fabric = Fabric(
         accelerator=device.type,
         devices=ranks.neighbours(),
@@ -36,10 +39,11 @@ def new_fabric(settings: Settings, out: Path | None = None, step: int = 0) -> Fa
 
 def place(device: str) -> torch.device:
     """The kind of device that "auto" is here."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device: expected one that this machine has, got cuda")
+        device = "cuda" if has["cuda"] else "cpu"
+    if not has.get(device, True):
+        raise SettingsError(f"--device: expected one that this machine has, got {device}")
     return torch.device(device)
 
 

@@ -29,6 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import checkpoint
+import command_line
 import devices
 import networks
 import ranks
@@ -44,6 +45,7 @@ from settings import Settings, SettingsError
 from training import Run, TrainingError
 
 BACKBONE = "backbone.pt"
+RESULTS = (BACKBONE, "results.json", "curves.png", "linear.json", "tensorboard")
 PROBE = {"epochs": 100, "batch_size": 256, "lr": 0.02}  # VICReg's linear evaluation
 
 
@@ -81,17 +83,20 @@ def pretrain(
     networks.check(settings.arch)
     device = devices.place(settings.device)
     images = load_images(settings)
+    if len(images.held_out) < 2:
+        found = f"{len(images.train)} and {len(images.held_out)} images"
+        raise DataError(f"{settings.data}: expected two or more to hold out, got {found}")
     ranks.check(training.batch_size(images, settings))
     make_folder(Path(settings.out))
     with ranks.group(device):
         first = ranks.rank() == 0
         step = saved["step"] if saved else 0
+        if first and not saved and (aside := checkpoint.set_aside(Path(settings.out), RESULTS)):
+            console.print(f"an earlier run is now in {aside}", soft_wrap=True)
         fabric = devices.new_fabric(settings, Path(settings.out) if first else None, step)
         run = training.new_run(settings, images, fabric)
         if saved:
             run.restore(saved, settings.out)
-        elif first and (aside := checkpoint.set_aside(run.out)):
-            console.print(f"an earlier run's checkpoint is now {aside}", soft_wrap=True)
         with progress(console) as bar:
             task = bar.add_task(report.title(name_of(settings)), total=run.total, loss="")
             bar.update(task, completed=run.step)
@@ -171,19 +176,23 @@ def probe(path: Path, given: Mapping[str, Any], console: Console) -> dict[str, f
     """
     saved = checkpoint.read(path)
     known = set(PROBE) | {"data", "root", "limit", "workers", "device", "precision", "out", "seed"}
+    if given.get("batch_size", 2) < 2 * ranks.size():
+        raise SettingsError(f"--batch-size: expected 2 for each rank, got {given['batch_size']}")
     if wrong := given.keys() - known:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
         raise SettingsError(f"--eval: expected none of {names}: the checkpoint has them")
     settings = Settings(**options.resumed(saved["settings"], {}, path))
     kept = {key: value for key, value in given.items() if key not in PROBE}
     settings = replace(settings, **kept)
+    options.check(settings)
     images = load_images(settings)
     with ranks.group(devices.place(settings.device)):
         fabric = devices.new_fabric(settings)
         network = networks.build(settings)
         averaged = "teacher" in saved and settings.loss != "byol"
         state = saved["teacher"] if averaged else saved["network"]
-        network.load_state_dict({key.removeprefix("module."): state[key] for key in state})
+        state = {key.removeprefix("module."): state[key] for key in state}
+        checkpoint.restore(path, {"network": state}, {"network": network})
         network.to(fabric.device)
         choices = {key: given.get(key, value) for key, value in PROBE.items()}
         with progress(console) as bar:
@@ -198,10 +207,12 @@ def probe(path: Path, given: Mapping[str, Any], console: Console) -> dict[str, f
                 workers=devices.workers(settings, images),
                 on_epoch=lambda done: bar.update(task, completed=done),
             )
-    folder = path if path.is_dir() else path.parent
+    folder = Path(given.get("out", path if path.is_dir() else path.parent))
+    make_folder(folder)
     if ranks.rank() == 0:
+        other = "" if settings.data == saved["settings"]["data"] else f"-{Path(settings.data).name}"
         results = {"data": settings.data, **choices, **found}
-        (folder / "linear.json").write_text(json.dumps(results, indent=2) + "\n")
+        (folder / f"linear{other}.json").write_text(json.dumps(results, indent=2) + "\n")
     return found
 
 
@@ -235,7 +246,7 @@ def run_command(argv: Sequence[str] | None, console: Console) -> int:
     """Do what the command line asks; its errors are one line each."""
     out = ""
     try:
-        given, asked = options.parse(argv, __doc__)
+        given, asked = command_line.parse(argv, __doc__)
         if asked.eval:
             found = probe(asked.eval, given, console)
             console.print("linear probe: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))

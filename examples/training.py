@@ -108,14 +108,12 @@ class Run:
 
     def restore(self, saved: Mapping[str, Any], path: object) -> None:
         """Continue where ``saved`` was."""
-        try:
-            for name, part in self._stateful().items():
-                part.load_state_dict(saved[name])
-            for name in self.PLAIN:
-                setattr(self, name, saved[name])
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            problem = " ".join(str(error).split())
-            raise checkpoint.CheckpointError(f"{path}: does not fit this run: {problem}") from error
+        checkpoint.restore(path, saved, self._stateful())
+        for name in self.PLAIN:
+            setattr(self, name, saved[name])
+        if self.step > self.total:
+            done = self.step / self.per_epoch
+            raise SettingsError(f"--epochs: expected the {done:g} already done or more, of {path}")
 
     def save(self) -> None:
         """Write the checkpoint.

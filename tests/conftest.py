@@ -1,7 +1,10 @@
 """What every test runs under: poisoned memory, one thread, reproducible Hypothesis."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -55,3 +58,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def pretrain() -> ModuleType:
+    """The script of the reference trainer, as a module."""
+    return import_module("pretrain")
+
+
+@pytest.fixture
+def run(pretrain: ModuleType, tmp_path: Path) -> Callable[..., int]:
+    """Runs that script with arguments, into ``tmp_path / "out"``, and gives back its status."""
+
+    def main(*arguments: object) -> int:
+        return pretrain.main(["--out", str(tmp_path / "out"), *map(str, arguments)])
+
+    return main

@@ -19,15 +19,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from trainer_runs import NEEDED
 
-PACKAGES = (
-    *("torchvision", "timm", "lightning_fabric", "torchmetrics", "tensorboard"),
-    *("mlxtend", "rich", "sklearn", "matplotlib"),
-)
-pytestmark = [
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
-    for name in PACKAGES
-]
+pytestmark = list(NEEDED)
 pytestmark.append(
     pytest.mark.skipif(
         not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),

@@ -7,22 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from trainer_runs import NEEDED
 
-PACKAGES = (
-    *("torchvision", "timm", "lightning_fabric", "torchmetrics", "tensorboard"),
-    *("mlxtend", "rich", "sklearn", "matplotlib"),
-)
-pytestmark = [
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
-    for name in PACKAGES
-]
+pytestmark = NEEDED
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "pretrain.py"
 TINY = ("--device", "cpu", "--limit", 100, "--expander", "8-8", "--batch-size", 20)
@@ -34,19 +27,6 @@ Launch = Callable[..., subprocess.Popen[str]]
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it, nothing is saved."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def pretrain() -> ModuleType:
-    return import_module("pretrain")
 
 
 @pytest.fixture
@@ -129,6 +109,16 @@ def test_killed_at_any_step_and_resumed(
     torch.manual_seed(step)  # the global generator is in another state than it was
     assert pretrain.main(["--resume", str(tmp_path)]) == 0
     assert_same(checkpoint(tmp_path), whole)
+    assert logged_steps(tmp_path) == [1, 4, 6]
+
+
+def logged_steps(folder: Path) -> list[int]:
+    """The steps of the loss that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars("loss")]
 
 
 def test_sigkill_at_an_unknown_step_with_a_scaler(
