@@ -308,7 +308,7 @@ DIGITS = _views(_DIGIT, local=0.5)
 FASHION = _views(_GARMENT, local=0.4)
 """Gray pictures of clothes, 28 pixels."""
 PHOTOS = _views(replace(_PHOTO, blur=1.0), replace(_PHOTO, blur=0.1, solarize=0.2), local=0.25)
-"""Photographs: VICReg's official code, which is BYOL's; local crops as DINO's."""
+"""Photographs: as likely as in VICReg's official code, which is BYOL's; DINO's local crops."""
 SMALL_PHOTOS = _views(_PHOTO, replace(_PHOTO, solarize=0.2), local=0.25)
 """Photographs of 64 pixels and less: the same without blur."""
 

@@ -14,6 +14,10 @@ from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
 from settings import Settings, SettingsError
 
+# Views of this size or less are 1x1 before the last stage of a ResNet, whose 3x3 convolution of
+# stride 2 leaves most of its weights' gradient unwritten: oneDNN in bfloat16, seen in PyTorch 2.15.
+ONE_PIXEL = 16
+
 
 def new_fabric(settings: Settings, out: Path | None = None, step: int = 0) -> Fabric:
     """Devices, precision and ranks, by Lightning Fabric; the ranks are ``torchrun``'s.
@@ -45,6 +49,17 @@ def place(device: str) -> torch.device:
     if not has.get(device, True):
         raise SettingsError(f"--device: expected one that this machine has, got {device}")
     return torch.device(device)
+
+
+def check(settings: Settings) -> None:
+    """Refuse a device that is not here, and what PyTorch computes wrongly on it."""
+    views = [settings.image_size] + [settings.local_size] * bool(settings.local_views)
+    device = place(settings.device)
+    if device.type == "cpu" and settings.precision == "bf16" and min(views) <= ONE_PIXEL:
+        raise SettingsError(
+            f"--precision: bf16 on a CPU: expected views of more than {ONE_PIXEL} pixels, "
+            f"got {min(views)}; take 32 or fp16"
+        )
 
 
 def precision_of(fabric: Fabric) -> Precision:

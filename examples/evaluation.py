@@ -205,8 +205,8 @@ def linear_evaluation(
 
     VICReg's protocol for ImageNet, and its defaults (Bardes, Ponce and LeCun, 2022,
     arXiv:2105.04906): SGD with momentum 0.9 and a cosine schedule by epoch, the cross entropy of
-    random crops and flips, held-out images as they are. It differs in what is reported: the
-    accuracy after the last epoch, where the official code takes the best epoch on held-out images.
+    random crops and flips, held-out images as they are. It reports the
+    last epoch, not the best on held-out images, and sees the stored centre square of an image.
 
     Over several ranks the batch is divided, gradients are averaged, and each rank judges its share
     of the held-out images; the result is that of all, on all ranks.

@@ -35,7 +35,8 @@ class Outputs(NamedTuple):
 class Network(nn.Module):
     """Backbone, expander and predictor, called once for all views of a batch.
 
-    Views of one size go through it together, so batch norm takes the statistics of all of them.
+    Views of one size go through it together, so batch norm takes the statistics of all of them (in
+    expander and predictor, of all views), where the codes of most papers call it for each view.
     """
 
     def __init__(

@@ -39,7 +39,8 @@ class Objective(nn.Module):
         super().__init__()
         self.base = BASES[settings.loss](settings)
         added = {"variance": VarianceLoss, "covariance": CovarianceLoss}
-        added["sketch"] = lambda: SlicedSketchLoss(SLICES, seed=settings.seed)
+        # Of another seed than the base's, whose slices it would draw otherwise.
+        added["sketch"] = lambda: SlicedSketchLoss(SLICES, seed=settings.seed + 1)
         self.added = nn.ModuleDict({name: added[name]() for name in settings.add})
         self.weights = settings.add
 

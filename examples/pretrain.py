@@ -81,6 +81,7 @@ def pretrain(
     """
     options.check(settings)
     networks.check(settings.arch)
+    devices.check(settings)
     device = devices.place(settings.device)
     images = load_images(settings)
     if len(images.held_out) < 2:
@@ -137,11 +138,11 @@ def judge(run: Run) -> report.Outcome:
     return report.evaluate(name_of(run.settings), run.evaluated, run.images, device, workers)
 
 
-def between_epochs(run: Run, epoch: int) -> None:
-    """Evaluate after every ``eval_every`` epochs but the last."""
+def between_epochs(run: Run, epoch: int) -> bool:
+    """Evaluate after every ``eval_every`` epochs but the last; whether it did."""
     every = run.settings.eval_every
     if not every or epoch % every or epoch == run.settings.epochs:
-        return
+        return False
     if ranks.rank() == 0:
         outcome = judge(run)
         found = {"linear_probe": outcome.accuracy, "knn": outcome.knn}
@@ -149,12 +150,13 @@ def between_epochs(run: Run, epoch: int) -> None:
         run.fabric.log_dict(found, run.step)
         run.evaluations.append({"epoch": epoch, **found})
     ranks.wait()
+    return True
 
 
 def finish(run: Run) -> report.Outcome:
     """Evaluate, and write the backbone, the results and the curves."""
-    outcome = replace(judge(run), seconds=run.seconds, history=run.history)
     checkpoint.write(run.out / BACKBONE, networks.exported(run.evaluated.backbone))
+    outcome = replace(judge(run), seconds=run.seconds, history=run.history)
     seen = run.step * run.batch * run.settings.accumulate
     results = {
         "settings": asdict(run.settings),

@@ -125,7 +125,8 @@ PAPER: dict[str, dict[str, Any]] = {
         "clip": 1.0,
     },
     # SimSiam, 2011.10566, section 3: SGD, learning rate 0.05 * batch / 256, weight decay 1e-4,
-    # batch 512, 100 epochs, no warm-up; projector of three layers of 2048, predictor of 512.
+    # batch 512, 100 epochs, no warm-up; projector of three layers of 2048, predictor of 512. Its
+    # code decays biases and norms too, and has an option to keep the predictor's rate constant.
     "simsiam": {
         "expander": "2048-2048-2048",
         "predictor": 512,
@@ -148,6 +149,7 @@ PAPER: dict[str, dict[str, Any]] = {
     # 4096, 100 epochs, 10 of warm-up; two layers to 128 dimensions.
     "simclr": {"expander": "2048-128", "lr": 0.3, "batch_size": 4096},
     # Barlow Twins, 2103.03230, section 2: LARS, 0.2 * batch / 256, weight decay 1.5e-6, batch 2048.
+    # The rate of 0.0048 that it has for biases and norms is not taken over.
     "barlow": {"weight_decay": 1.5e-6},
 }
 PAPER["lejepa"] = PAPER["visreg"]  # SIGReg's paper has no ResNet-50 at this size either
@@ -243,6 +245,8 @@ def check(settings: Settings) -> None:
         raise SettingsError("--global-views and --local-views: expected 2 views or more, got 1")
     if settings.predictor < 1 and settings.loss in PREDICTING:
         raise SettingsError(f"--predictor: {settings.loss} needs one, got {settings.predictor}")
+    if settings.optimizer == "lars" and not settings.weight_decay:
+        raise SettingsError("--weight-decay: LARS adapts what decays; expected above 0, got 0")
     if not 0 <= settings.ema < 1:
         raise SettingsError(f"--ema: expected a decay in [0, 1), got {settings.ema}")
     if settings.warmup_epochs >= settings.epochs:

@@ -1,7 +1,7 @@
 """The training itself: one step, the loop around it, and what is saved of it.
 
 All randomness of a step follows from the seed and the number of the step, so a run that is killed
-at any step and resumed takes the same steps, bit for bit, as one that is not.
+at any step and resumed takes the same steps as one that is not; on a CPU, bit for bit.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def ema_decay(run: Run) -> float:
     return 1 - (1 - run.settings.ema) * (math.cos(math.pi * done) + 1) / 2
 
 
-def train(run: Run, bar: Progress, task: TaskID, after_epoch: Callable[[int], None]) -> int:
+def train(run: Run, bar: Progress, task: TaskID, after_epoch: Callable[[int], bool]) -> int:
     """Train from ``run.step`` to the last, saving after each epoch and upon Ctrl-C and SIGTERM.
 
     Returns:
@@ -243,16 +243,16 @@ def train(run: Run, bar: Progress, task: TaskID, after_epoch: Callable[[int], No
         DataError: More than 1 % of the images cannot be read.
     """
     settings = run.settings
-    before, started = run.seconds, time.perf_counter()
     log_every = settings.log_every or max(1, run.total // 64)
     with deferred_signals() as asked:
         while run.step < run.total:
             epoch, first = divmod(run.step, run.per_epoch)
             run.model.train()
+            started = time.perf_counter()
             for batches in epoch_batches(run, epoch, first):
                 logged = train_step(run, batches)
                 run.step += 1
-                run.seconds = before + time.perf_counter() - started
+                run.seconds += time.perf_counter() - started
                 if run.step % log_every == 0 or run.step in (1, run.total):
                     record(run, logged)
                 stop, unreadable = ranks.largest(asked(), run.images.unreadable.count())
@@ -263,10 +263,12 @@ def train(run: Run, bar: Progress, task: TaskID, after_epoch: Callable[[int], No
                     run.save()
                 if stop:
                     return stop
+                started = time.perf_counter()  # neither records nor checkpoints count
             ranks.merge(run.images.unreadable.found)  # each rank has read other images
             run.images.unreadable.check()
-            after_epoch(epoch + 1)
             run.save()
+            if after_epoch(epoch + 1):
+                run.save()
     return 0
 
 

@@ -46,6 +46,8 @@ def test_unreadable_images_of_a_folder(
         (("--ema", 1.0), "--ema: expected a decay in [0, 1), got 1.0"),
         (("--epochs", 2, "--warmup-epochs", 2), "--warmup-epochs: expected fewer than the 2"),
         (("--accumulate", 99), "--accumulate: expected no more than"),
+        (("--precision", "bf16", "--local-views", 1), "expected views of more than 16 pixels"),
+        (("--optimizer", "lars", "--weight-decay", 0), "--weight-decay: LARS adapts what decays"),
         (("--device", "mps"), "--device: expected one that this machine has, got mps"),
         (("--resume", "no/where"), "no/where: not a checkpoint of this script"),
         (("--eval", "no/where"), "no/where: not a checkpoint of this script"),
