@@ -111,9 +111,9 @@ def evaluate(
 def table(outcomes: Sequence[Outcome], dimensions: int | str) -> Table:
     """The closing table, one row per outcome."""
     result = Table(title=f"Held-out images: probe of the features, {dimensions}-d embeddings")
-    result.add_column("objective", no_wrap=True)
+    result.add_column("objective", overflow="fold")
     for heading in ("linear probe", "k-NN", "effective rank", "smallest std", "seconds"):
-        result.add_column(heading, justify="right")
+        result.add_column(heading, justify="right", min_width=6)
     for row in outcomes:
         result.add_row(
             title(row.name),

@@ -2,21 +2,16 @@
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pytest
+from needed import needs
 
 CLAIMS = Path(__file__).resolve().parents[1] / "examples" / "claims"
-# Not importorskip, which would make collecting any test wait for these imports.
-NEEDS = [
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
-    for name in (
-        *("torchvision", "lightly", "lightning_fabric", "torchmetrics"),
-        *("mlxtend", "rich", "sklearn", "matplotlib"),
-    )
-]
+NEEDS = needs(
+    *("torchvision", "lightly", "lightning_fabric", "torchmetrics"),
+    *("mlxtend", "rich", "sklearn", "matplotlib"),
+)
 
 
 def module(name: str) -> Any:

@@ -244,7 +244,7 @@ def test_missing_data_end_a_script_before_it_trains(
         pytest.param(
             ["--scale", "full"],
             "--scale: full expects a CUDA device, found none",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
     ],
 )

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from needed import needs
 from torch import Tensor
 from view_checks import (
     WHOLE,
@@ -18,11 +18,7 @@ from view_checks import (
     seeded,
 )
 
-# Not importorskip, which would make collecting any test wait for these imports.
-pytestmark = [
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
-    for name in ("torchvision", "scipy")
-]
+pytestmark = needs("torchvision", "scipy")
 
 
 @pytest.fixture(scope="module")

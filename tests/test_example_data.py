@@ -6,7 +6,6 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +13,10 @@ from typing import Any
 import pytest
 import torch
 from image_folders import JUNK, make_folder, make_official
+from needed import needs
 from view_checks import imported
 
-# Not importorskip, which would make collecting any test wait for these imports.
-pytestmark = [
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
-    for name in ("torchvision", "mlxtend", "sklearn")
-]
+pytestmark = needs("torchvision", "mlxtend", "sklearn")
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 needs_fashion = pytest.mark.skipif(
     not FASHION.is_dir(), reason="the package dataset-fashion-mnist is not installed"

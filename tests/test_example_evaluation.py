@@ -3,21 +3,17 @@
 import math
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from needed import needs
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-# Not importorskip, which would make collecting any test wait for these imports.
-pytestmark = [
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
-    for name in ("torchvision", "rich", "sklearn", "lightning_fabric", "torchmetrics")
-]
+pytestmark = needs("torchvision", "rich", "sklearn", "lightning_fabric", "torchmetrics")
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = str(ROOT / "examples")
 CLASSES = 8

@@ -3,7 +3,6 @@
 import multiprocessing
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,14 +10,11 @@ from typing import Any
 import pytest
 import torch
 from image_folders import JUNK, make_folder, make_official
+from needed import needs
 from torch.utils.data import DataLoader, Subset
 from view_checks import imported
 
-# Not importorskip, which would make collecting any test wait for these imports.
-pytestmark = [
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
-    for name in ("torchvision", "mlxtend", "sklearn")
-]
+pytestmark = needs("torchvision", "mlxtend", "sklearn")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -16,15 +15,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from needed import needs
 from torch import Tensor, nn
 
 from vicreg_losses import CovarianceLoss, SlicedSketchLoss, VarianceLoss, diagnostics
 
-# Not importorskip, which would make collecting any test wait for these imports.
-needs_lightly = [
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
-    for name in ("lightly", "torchvision", "mlxtend", "sklearn", "filelock")
-]
+needs_lightly = needs("lightly", "torchvision", "mlxtend", "sklearn", "filelock")
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "examples" / "recipes"
 PAGE = ROOT / "docs" / "recipes.md"

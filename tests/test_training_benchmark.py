@@ -3,20 +3,17 @@
 import json
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from needed import needs
 
 import vicreg_losses as vl
 
-# Not importorskip, which would make collecting any test wait for these imports.
-pytestmark = pytest.mark.skipif(
-    find_spec("torchvision") is None, reason="torchvision is not installed"
-)
+pytestmark = needs("torchvision")
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # `pytest` alone does not
 TINY = ["--device", "cpu", "--batch-size", "4", "--width", "16", "--slices", "8"]
 Capture = pytest.CaptureFixture[str]

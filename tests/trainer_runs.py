@@ -2,21 +2,16 @@
 
 import json
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from needed import needs
 
-# Not importorskip, which would make collecting any test wait for these imports.
-PACKAGES = (
+NEEDED = needs(
     *("torchvision", "timm", "lightning_fabric", "torchmetrics", "tensorboard"),
     *("mlxtend", "rich", "sklearn", "matplotlib"),
 )
-NEEDED = [
-    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
-    for name in PACKAGES
-]
 TINY = ("--device", "cpu", "--limit", "100", "--expander", "8-8", "--batch-size", "40")
 SHORT = (*TINY, "--epochs", "1", "--log-every", "1")  # two steps
 Capture = pytest.CaptureFixture[str]
