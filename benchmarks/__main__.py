@@ -1,69 +1,188 @@
-"""``python -m benchmarks``: print the ratios to the published formulas as a table."""
+"""``python -m benchmarks``: ours beside everything a user could pick instead.
+
+Forward, forward and backward, peak memory and errors against float64, in one run and on the same
+tensors, of ours, the published formulas (eager and compiled) and the losses of other packages
+(``pip install 'vicreg-losses[peers]'``; those absent are named). Along sweeps of the views, the
+batch, the dimensions and the slices. Nothing is reported where ours are wrong.
+"""
 
 import argparse
-import dataclasses
-import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import measure
-from benchmarks.cases import CASES
+from benchmarks import measure, record
+from benchmarks.contenders import COMPILED, FIELD, OURS
+from benchmarks.measure import Row
+from benchmarks.points import QUICK, every
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the short table, under two minutes")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--seconds", type=float, default=None, help="time for each case")
-    parser.add_argument("--threads", type=int, default=None, help="PyTorch's CPU threads")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
-    options = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console()
+    if options.compare:
+        return _compare(console, parser, *options.compare)
     if options.threads:
         torch.set_num_threads(options.threads)
-    seconds = options.seconds or (2.0 if options.quick else 8.0)
-    chosen = [c for c in CASES if (c.quick or not options.quick) and options.only in c.name]
-    if not chosen:
-        parser.error(f"--only: no case has {options.only!r} in its name")
+    points = [p for p in (QUICK if options.quick else every()) if options.only in p.name]
+    if not points:
+        parser.error(f"--only: no point has {options.only!r} in its name")
+    about = {"machine": measure.machine(), "versions": measure.versions()}
+    for package, found in about["versions"].items():
+        if found == "not installed":
+            console.print(f"{package} is not installed: left out", highlight=False)
+    left_out = {COMPILED: "left out by --quick"} if options.quick else {}
+    seconds = options.seconds or (1.0 if options.quick else 2.0)
+    rows: list[Row] = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(points))
+        for point in points:
+            progress.update(task, description=point.name)
+            rows += measure.measure(point, seconds, left_out)
+            progress.advance(task)
+    wrong = record.failures(rows)
+    if wrong:
+        console.print("nothing is reported, as ours are wrong:", *wrong, sep="\n", style="bold red")
+        return 1
+    _report(console, rows, about)
+    if options.out:
+        from benchmarks import charts
 
-    console = Console()
-    table = Table(title="forward + backward, medians; ratio = published / ours")
-    for column in ("case", "published ms", "ours ms", "ratio", "ours GFLOP/s"):
-        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
-    results = []
-    with console.status("measuring") as status:
-        for case in chosen:
-            status.update(case.name)
-            result = measure.compare(case, seconds)
-            results.append(result)
-            rate = f"{result.ours_gflops:.0f}" if result.ours_gflops else ""
-            table.add_row(
-                result.name,
-                f"{result.published_ms:.3g}",
-                f"{result.ours_ms:.3g}",
-                f"{result.ratio:.2f}x",
-                rate,
-            )
-        sketch = next((c for c in chosen if c.name == "sigreg-v1-n2048-d256-k256"), None)
-        memory = {}
-        if sketch is not None:
-            status.update("peak memory")
-            memory = {which: measure.peak_mib(sketch, which) for which in ("published", "ours")}
-    console.print(table)
-    if memory:
-        console.print(
-            f"peak memory of {sketch.name}: published {memory['published']:.0f} MiB, "
-            f"ours {memory['ours']:.1f} MiB"
+        record.write(options.out, rows, about)
+        drawn = charts.draw(options.out, rows, about)
+        console.print(f"wrote {2 + len(drawn)} files to {options.out}", highlight=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few shapes, under two minutes")
+    parser.add_argument("--only", default="", help="points whose name contains this")
+    parser.add_argument("--seconds", type=float, default=None, help="of turns at each point")
+    parser.add_argument("--threads", type=int, default=None, help="PyTorch's CPU threads")
+    parser.add_argument("--out", type=Path, default=None, help="folder for JSON, CSV and plots")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE", "AFTER"),
+        help="two results: exit with 1 if ours lost over 10 %% against the published formula",
+    )
+    return parser
+
+
+def _report(console: Console, rows: Sequence[Row], about: dict[str, Any]) -> None:
+    for loss in FIELD:
+        chosen = [row for row in rows if row.loss == loss]
+        if chosen:
+            console.print(_table(loss, chosen))
+    slopes = record.exponents(rows)
+    if slopes:
+        table = Table(
+            box=box.SIMPLE_HEAD, title=f"exponents over the {record.FITTED} largest sizes"
         )
-    machine = measure.machine()
-    console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    if options.json:
-        rows = [dataclasses.asdict(result) for result in results]
-        record = {"machine": machine, "results": rows, "peak_mib": memory}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+        for column in ("loss", "axis", "contender", *record.METRICS):
+            table.add_column(column)
+        lines: dict[tuple[str, str, str], dict[str, float]] = {}
+        for e in slopes:
+            lines.setdefault((e.loss, e.axis, e.contender), {})[e.metric] = e.exponent
+        for key, found in lines.items():
+            table.add_row(*key, *(f"{found[m]:.2f}" if m in found else "" for m in record.METRICS))
+        console.print(table)
+    described = (about["machine"] | about["versions"]).items()
+    console.print(", ".join(f"{key} {value}" for key, value in described), highlight=False)
+
+
+def _table(loss: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=f"{loss}: medians; x = published / this", box=box.SIMPLE_HEAD)
+    columns = (
+        "",
+        "forward\nms",
+        "\nx",
+        "and back\nms",
+        "\nx",
+        "peak\nMiB",
+        "error of\nvalue",
+        "\ngradient",
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for point in dict.fromkeys(row.point for row in rows):
+        table.add_section()
+        here = [row for row in rows if row.point == point]
+        ours = next(row for row in here if row.contender == OURS)
+        table.add_row(f"[bold]{point.partition('-')[2]}")
+        for row in here:
+            table.add_row(*_cells(row))
+        leads = _times(ours.forward_lead), _times(ours.both_lead)
+        if all(leads):
+            table.add_row("  best other / ours", "", leads[0], "", leads[1], style="dim")
+    reasons = dict.fromkeys(f"{row.contender}: {row.absent}" for row in rows if row.absent)
+    table.caption = "; ".join(reasons)
+    return table
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        f"  {row.contender}",
+        _number(row.forward_ms),
+        _times(row.forward_ratio),
+        _number(row.both_ms),
+        _times(row.both_ratio),
+        _number(row.peak_mib),
+        _error(row.value_error),
+        _error(row.gradient_error),
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}x"
+
+
+def _error(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0e}" if value <= record.WRONG else f"[bold red]{value:.0e} wrong"
+
+
+def _compare(console: Console, parser: argparse.ArgumentParser, before: Path, after: Path) -> int:
+    try:
+        changes = record.compare(*(record.read(path)[0] for path in (before, after)))
+    except ValueError as error:
+        parser.error(f"--compare: {error}")
+    if not changes:
+        parser.error("--compare: the two have no point in common")
+    table = Table(title="published / ours in two runs, slowest change first")
+    for column in ("point", "of", "before", "after", "slower by"):
+        table.add_column(column)
+    regressions = [change for change in changes if change.slowdown > record.REGRESSION]
+    for change in changes:
+        style = "bold red" if change in regressions else ""
+        table.add_row(
+            change.point,
+            change.metric,
+            f"{change.before:.2f}x",
+            f"{change.after:.2f}x",
+            f"{100 * (change.slowdown - 1):+.0f} %",
+            style=style,
+        )
+    console.print(table)
+    limit = round(100 * (record.REGRESSION - 1))
+    console.print(f"{len(regressions)} of {len(changes)} slower by over {limit} %")
+    return int(bool(regressions))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import published
-from benchmarks.cases import Loss
+from benchmarks.contenders import Loss
 from vicreg_losses import VICRegLoss, functional
 
 SHAPES = ((1, 256, 1024), (1, 1024, 256))

@@ -1,88 +1,276 @@
-"""Paired timing and peak memory of forward and backward on this machine's CPU."""
+"""Time, peak memory and error of the contenders at a point, on this machine's CPU.
 
+Every point is measured in processes of its own, which are forked from one that has imported all
+contenders and computed nothing. One contender after the other takes its steps, in turns, so that
+a machine whose speed drifts is slow for all: ratios within a round hold, absolute times do not.
+"""
+
+import ctypes
+import gc
 import multiprocessing
+import resource
 import statistics
+import subprocess
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CASES, Case, Loss
+from benchmarks import truth
+from benchmarks.contenders import COMPILED, FIELD, OURS, PUBLISHED, Contender, Loss
+from benchmarks.points import Point
+
+MEMORY_SHARE = 0.75  # of what is available: what needs more is left out by name
+SLOWEST_SECONDS = 60.0  # of a first step in the process that measures memory; likewise
+SHORTEST_SECONDS = 2e-3  # of a turn: several calls where one is too short to time
+LONG_SECONDS = 3.0  # of a step; beyond it the peak is of the first one, and no second is made
 
 
-@dataclass(frozen=True)
-class Result:
-    """Medians of one case; the ratio is taken within each pair of runs."""
+@dataclass
+class Row:
+    """One contender at one point; ``None`` where something could not be measured.
 
-    name: str
-    published_ms: float
-    ours_ms: float
-    ratio: float
-    ours_gflops: float
-
-
-def step(loss: Loss, z: Tensor) -> None:
-    """One forward and backward."""
-    z.grad = None
-    loss(z).backward()
-
-
-def compare(case: Case, seconds: float) -> Result:
-    """Run both in turns, A B A B, for about ``seconds``; at least three pairs after a warm-up.
-
-    Medians and ratios within a pair hold on a machine whose speed drifts.
+    Attributes:
+        point: name of the point.
+        loss, views, samples, dimensions, slices: the point.
+        contender: who.
+        forward_ms, both_ms: medians of the value alone (no gradient asked for), and of value and
+            gradient.
+        forward_ratio, both_ratio: time of the published formula over this one's, medians of the
+            rounds' ratios.
+        forward_lead, both_lead: of ours, the time of the best other contender with the same loss
+            over ours.
+        peak_mib: most memory that a step with gradient holds over what the process holds beside.
+        value_error, gradient_error: relative, against float64.
+        rounds: how many times each took its turn.
+        absent: why it was not measured, or nothing.
     """
-    z, published, ours = case.embeddings(), case.published(), case.ours()
-    begin = time.perf_counter()
-    _timed(published, z), _timed(ours, z)
-    pair = time.perf_counter() - begin
-    inner = max(1, int(2e-3 / pair))  # several calls a turn where one is too short to time
-    pairs = min(200, max(3, int(seconds / (pair * inner))))
-    runs = [(_timed(published, z, inner), _timed(ours, z, inner)) for _ in range(pairs)]
-    ours_seconds = statistics.median(b for _, b in runs)
-    return Result(
-        case.name,
-        published_ms=1e3 * statistics.median(a for a, _ in runs),
-        ours_ms=1e3 * ours_seconds,
-        ratio=statistics.median(a / b for a, b in runs),
-        ours_gflops=1e-9 * case.flops / ours_seconds,
-    )
+
+    point: str
+    loss: str
+    views: int
+    samples: int
+    dimensions: int
+    slices: int
+    contender: str
+    forward_ms: float | None = None
+    both_ms: float | None = None
+    forward_ratio: float | None = None
+    both_ratio: float | None = None
+    forward_lead: float | None = None
+    both_lead: float | None = None
+    peak_mib: float | None = None
+    value_error: float | None = None
+    gradient_error: float | None = None
+    rounds: int = 0
+    absent: str = ""
 
 
-def _timed(loss: Loss, z: Tensor, count: int = 1) -> float:
+def step(loss: Loss, views: Sequence[Tensor]) -> None:
+    """One forward and backward."""
+    for view in views:
+        view.grad = None
+    loss(*views).backward()
+
+
+def forward(loss: Loss, views: Sequence[Tensor]) -> None:
+    """The value alone."""
+    with torch.no_grad():
+        loss(*views)
+
+
+def measure(point: Point, seconds: float, left_out: dict[str, str]) -> list[Row]:
+    """All contenders at a point, for about ``seconds`` of turns.
+
+    Args:
+        point: where.
+        seconds: for the turns of all; three rounds are made in any case.
+        left_out: contenders that are not to be measured, and why.
+    """
+    rows = {c.name: Row(point.name, **asdict(point), contender=c.name) for c in FIELD[point.loss]}
+    threads = torch.get_num_threads()
+    for contender in FIELD[point.loss]:
+        row = rows[contender.name]
+        row.absent = left_out.get(contender.name, "") or contender.absence(point)
+        if not row.absent:
+            row.peak_mib, row.absent = _apart(_peak_mib_here, point, contender.name, threads)
+    present = [name for name, row in rows.items() if not row.absent]
+    figures, trouble = _apart(_turns_here, point, present, seconds, threads)
+    for name in present:
+        for key, value in (figures or {}).get(name, {}).items():
+            setattr(rows[name], key, value)
+        rows[name].absent = trouble
+    return list(rows.values())
+
+
+def _apart(work: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """Result of ``work`` in a process of its own, or why there is none."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.preload"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(work, *arguments).result(), ""
+        except BrokenProcessPool:
+            return None, "its process was ended, by the system or by a fault"
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            return None, f"needs over {_limit_bytes() / 2**30:.0f} GiB"
+        except TimeoutError:
+            return None, f"a step takes over {SLOWEST_SECONDS:.0f} s"
+
+
+def _limit_bytes() -> int:
+    kib = _field("/proc/meminfo", "MemAvailable")
+    return int(MEMORY_SHARE * 1024 * kib)
+
+
+def _contender(point: Point, name: str) -> Contender:
+    return next(c for c in FIELD[point.loss] if c.name == name)
+
+
+def _peak_mib_here(point: Point, name: str, threads: int) -> float:
+    """Of the second step: the first one loads, compiles and fills caches that are kept."""
+    torch.set_num_threads(threads)
+    limit = _field("/proc/self/status", "VmData") * 1024 + _limit_bytes()
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    loss = _contender(point, name).build(point)
+    views = point.embeddings()
+    first, seconds = _peak_mib(loss, views)
+    if name != COMPILED and seconds > LONG_SECONDS:
+        if seconds > SLOWEST_SECONDS:
+            raise TimeoutError
+        return first
+    return _peak_mib(loss, views)[0]
+
+
+def _peak_mib(loss: Loss, views: Sequence[Tensor]) -> tuple[float, float]:
+    """Of one step, and its seconds."""
+    for view in views:
+        view.grad = None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present
+    before = _field("/proc/self/status", "VmRSS")
+    seconds = _timed(step, loss, views)
+    return max(0, _field("/proc/self/status", "VmHWM") - before) / 1024, seconds
+
+
+def _turns_here(
+    point: Point, names: Sequence[str], seconds: float, threads: int
+) -> dict[str, dict[str, float | None]]:
+    torch.set_num_threads(threads)
+    found = errors(point, names)
+    views = point.embeddings()
+    losses = {name: _contender(point, name).build(point) for name in names}
+    for kind, call in (("forward", forward), ("both", step)):
+        times = _turns(call, losses, views, seconds / 2)
+        for name in names:
+            figures = _summary(point, name, times)
+            found[name] |= {f"{kind}_{key}": value for key, value in figures.items()}
+            found[name]["rounds"] = len(times[name])
+    return found
+
+
+def _turns(
+    call: Callable[[Loss, Sequence[Tensor]], None],
+    losses: dict[str, Loss],
+    views: Sequence[Tensor],
+    seconds: float,
+) -> dict[str, list[float]]:
+    names = list(losses)
+    for name in names:
+        call(losses[name], views)  # loads and compiles
+    once = {name: _timed(call, losses[name], views) for name in names}
+    if sum(once.values()) > 2 * seconds:
+        return {name: [once[name]] for name in names}
+    inner = {name: max(1, int(SHORTEST_SECONDS / once[name])) for name in names}
+    rounds = int(seconds / sum(once[name] * inner[name] for name in names))
+    rounds = min(200, max(3, rounds))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)  # who follows whom changes, as do the caches that one leaves
+        for name in names[first:] + names[:first]:
+            times[name].append(_timed(call, losses[name], views, inner[name]))
+    return times
+
+
+def _summary(point: Point, name: str, times: dict[str, list[float]]) -> dict[str, float | None]:
+    others = [c.name for c in FIELD[point.loss] if c.same_loss and c.name in times]
+    others = [other for other in others if other != name]
+    lead = min((_ratio(times[other], times[name]) for other in others), default=None)
+    return {
+        "ms": 1e3 * statistics.median(times[name]),
+        "ratio": _ratio(times[PUBLISHED], times[name]) if PUBLISHED in times else None,
+        "lead": lead if name == OURS else None,
+    }
+
+
+def _ratio(times: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, other, strict=True))
+
+
+def _timed(
+    call: Callable[[Loss, Sequence[Tensor]], None],
+    loss: Loss,
+    views: Sequence[Tensor],
+    count: int = 1,
+) -> float:
     begin = time.perf_counter()
     for _ in range(count):
-        step(loss, z)
+        call(loss, views)
     return (time.perf_counter() - begin) / count
 
 
-def peak_mib(case: Case, which: str) -> float:
-    """Peak memory of the first step in a fresh process, over what it held before, in MiB."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_mib_here, case.name, which).result()
+def errors(point: Point, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Relative errors of value and gradient in float32, all along the same directions."""
+    views, directions = point.embeddings(), point.directions()
+    truths: dict[str, tuple[float, list[Tensor]]] = {}
+    found: dict[str, dict[str, float | None]] = {}
+    for name in names:
+        contender = _contender(point, name)
+        key = str(contender.definition)
+        if key not in truths:
+            truths[key] = truth.value_and_gradients(point, views, directions, contender.definition)
+        value, gradients = value_and_gradients(contender, point, views, directions)
+        true_value, true_gradients = truths[key]
+        found[name] = {
+            "value_error": abs(value - true_value) / abs(true_value) if true_value else value,
+            "gradient_error": truth.error(gradients, true_gradients),
+        }
+    return found
 
 
-def _peak_mib_here(name: str, which: str) -> float:
-    case = next(c for c in CASES if c.name == name)
-    loss = getattr(case, which)()
-    small = case.embeddings()[:, :4].detach().requires_grad_()
-    step(loss, small)  # libraries and thread pools, which are no part of the loss
-    z = case.embeddings()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present
-    before = _status_kib("VmRSS")
-    step(loss, z)
-    return (_status_kib("VmHWM") - before) / 1024
+def value_and_gradients(
+    contender: Contender, point: Point, views: Sequence[Tensor], directions: Tensor | None
+) -> tuple[float, list[Tensor]]:
+    """A contender's own, along given directions."""
+    loss = contender.build(point)
+    leaves = [view.detach().requires_grad_() for view in views]
+    if directions is not None and contender.takes_directions:
+        value = loss(*leaves, directions=directions)
+    elif directions is not None:
+        with mock.patch.object(torch, "randn", return_value=directions.clone()):
+            value = loss(*leaves)
+    else:
+        value = loss(*leaves)
+    value.backward()
+    return value.item(), [leaf.grad if leaf.grad is not None else leaf * 0 for leaf in leaves]
 
 
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
+def _field(path: str, name: str) -> int:
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(f"{name}:"):
             return int(line.split()[1])
-    raise RuntimeError(f"no {field} in /proc/self/status")
+    raise RuntimeError(f"no {name} in {path}")
 
 
 def machine() -> dict[str, str | int]:
@@ -103,3 +291,24 @@ def machine() -> dict[str, str | int]:
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the contenders' packages, and the commit of ours."""
+    found = {"vicreg-losses": _commit()}
+    for package in sorted({c.package for contenders in FIELD.values() for c in contenders} - {""}):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _commit() -> str:
+    import vicreg_losses
+
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return f"{vicreg_losses.__version__} {done.stdout.strip()}".strip()

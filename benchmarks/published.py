@@ -4,6 +4,8 @@ Written from the papers: VICReg (arXiv:2105.04906), VISReg (arXiv:2606.02572) an
 (arXiv:2511.08544). Embeddings are (V, N, D); terms are means over views.
 """
 
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,14 @@ def vicreg(z: Tensor) -> Tensor:
     return 25 * invariance + 25 * variance(z) + z.shape[0] * covariance(z)
 
 
+def vicreg_of_views(*views: Tensor) -> Tensor:
+    """VICReg of two or more views, each (N, D): the mean of their pairs, and no copy of them."""
+    pairs = list(combinations(views, 2))
+    invariance = sum(torch.nn.functional.mse_loss(a, b) for a, b in pairs) / len(pairs)
+    spread = sum(variance(view) for view in views) / len(views)
+    return 25 * invariance + 25 * spread + sum(covariance(view[None]) for view in views)
+
+
 def unit_directions(dimensions: int, slices: int) -> Tensor:
     w = torch.randn(dimensions, slices)
     return w / w.norm(dim=0, keepdim=True)
@@ -50,9 +60,11 @@ def visreg(z: Tensor, directions: Tensor) -> Tensor:
     return (1 - sigma).square().mean() + shape + z.mean(1).square().mean()
 
 
-def visreg_loss(z: Tensor, directions: Tensor, weight: float = 0.9) -> Tensor:
-    """All of VISReg, along given directions."""
-    invariance = (z - z.mean(0)).square().mean()
+def visreg_loss(
+    z: Tensor, directions: Tensor, weight: float = 0.9, num_global: int | None = None
+) -> Tensor:
+    """All of VISReg, along given directions; the views are drawn to the mean of the global ones."""
+    invariance = (z - z[:num_global].mean(0)).square().mean()
     return (1 - weight) * invariance + weight * visreg(z, directions)
 
 

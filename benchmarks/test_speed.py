@@ -1,15 +1,24 @@
-"""The same cases under pytest-benchmark: ``pytest benchmarks --benchmark-group-by=param:case``."""
+"""The short run's points under pytest-benchmark: ``pytest benchmarks``."""
 
 import pytest
 
-from benchmarks.cases import CASES, Case
-from benchmarks.measure import step
+from benchmarks.contenders import COMPILED, FIELD, Contender
+from benchmarks.measure import forward, step
+from benchmarks.points import QUICK, Point
+
+CASES = [(p, c) for p in QUICK for c in FIELD[p.loss] if c.name != COMPILED]
 
 
-@pytest.mark.parametrize("which", ["published", "ours"])
-@pytest.mark.parametrize("case", [c for c in CASES if c.quick], ids=lambda c: c.name)
-def test_speed(benchmark, case: Case, which: str) -> None:
-    benchmark.group = case.name
-    z, loss = case.embeddings(), getattr(case, which)()
-    step(loss, z)
-    benchmark.pedantic(step, args=(loss, z), rounds=5, iterations=1)
+@pytest.mark.parametrize("call", [forward, step], ids=lambda call: call.__name__)
+@pytest.mark.parametrize(
+    ("point", "contender"), CASES, ids=[f"{p.name}-{c.name}" for p, c in CASES]
+)
+@pytest.mark.filterwarnings("ignore")  # those of other packages
+def test_speed(benchmark, point: Point, contender: Contender, call) -> None:
+    absence = contender.absence(point)
+    if absence:
+        pytest.skip(f"{contender.name}: {absence}")
+    benchmark.group = f"{point.name} {call.__name__}"
+    loss, views = contender.build(point), point.embeddings()
+    call(loss, views)
+    benchmark.pedantic(call, args=(loss, views), rounds=5, iterations=1)
