@@ -44,15 +44,21 @@ LABELS = {
 }
 
 
-def draw(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> list[Path]:
+def draw(
+    folder: Path,
+    rows: Sequence[Row],
+    about: dict[str, Any],
+    suffixes: Sequence[str] = ("png", "svg"),
+) -> list[Path]:
     """``LOSS.png`` and ``LOSS.svg`` for every loss with a sweep of two points or more."""
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for loss in SWEEPS:
         axes = [axis for axis in SWEEPS[loss] if len(curve(rows, loss, axis, OURS)) > 1]
         if not axes:
             continue
         figure = _figure(rows, loss, axes, about)
-        for suffix in ("png", "svg"):
+        for suffix in suffixes:
             written.append(folder / f"{loss}.{suffix}")
             figure.savefig(written[-1], dpi=150, metadata=_undated(suffix))
         plt.close(figure)
@@ -62,7 +68,7 @@ def draw(folder: Path, rows: Sequence[Row], about: dict[str, Any]) -> list[Path]
 def _figure(rows: Sequence[Row], loss: str, axes: Sequence[str], about: dict[str, Any]) -> Any:
     matplotlib.rcParams |= {
         "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-        "svg.hashsalt": "vicreg-losses", "svg.fonttype": "none",
+        "svg.hashsalt": "vicreg-losses",
     }  # fmt: skip
     metrics = ("both_ms", "peak_mib")
     size = (1.5 + 3.9 * len(axes), 7.6)

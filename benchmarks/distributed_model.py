@@ -21,7 +21,8 @@ formulas, 4 (3 V M D + D^2), 4 (6.8 M K + 1.7 M D) and 4 x 6 N_l K T; more for V
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -152,22 +153,34 @@ ASSUMPTIONS = (
 )
 
 
+def row_of(line: dict[str, Any]) -> Row:
+    """A row from its line in a file of ``flat``."""
+    costs = (
+        Cost(**{name: line[f"{side}_{name}"] for name in Cost._fields})
+        for side in ("published", "ours")
+    )
+    return Row(line["term"], line["ranks"], line["dimensions"], *costs)
+
+
 def tables() -> list[Table]:
-    """One for each D, in Markdown, so that what is printed can be shown as it is."""
-    out = []
-    for dimensions in DIMENSIONS:
-        table = Table(box=box.MARKDOWN, pad_edge=True)
-        for column in ("loss", "W", "published sends", "takes", "holds"):
-            table.add_column(column, no_wrap=True, justify="left" if column == "loss" else "right")
-        for column in ("ours by", "sends", "takes", "holds", "MODEL ratio"):
-            table.add_column(column, no_wrap=True, justify="left" if "by" in column else "right")
-        for row in (r for r in rows() if r.dimensions == dimensions):
-            a, b = row.published, row.ours
-            table.add_row(
-                row.term, str(row.ranks), *_cells(a), b.by, *_cells(b),
-                f"{_digits(a.seconds / b.seconds)}x",
-            )  # fmt: skip
-        out.append(table)
+    """One for each D."""
+    found = rows()
+    return [table([row for row in found if row.dimensions == d]) for d in DIMENSIONS]
+
+
+def table(chosen: Sequence[Row]) -> Table:
+    """In Markdown, so that what is printed can be shown as it is."""
+    out = Table(box=box.MARKDOWN, pad_edge=True)
+    for column in ("loss", "W", "published sends", "takes", "holds"):
+        out.add_column(column, no_wrap=True, justify="left" if column == "loss" else "right")
+    for column in ("ours by", "sends", "takes", "holds", "MODEL ratio"):
+        out.add_column(column, no_wrap=True, justify="left" if "by" in column else "right")
+    for row in chosen:
+        a, b = row.published, row.ours
+        out.add_row(
+            row.term, str(row.ranks), *_cells(a), b.by, *_cells(b),
+            f"{_digits(a.seconds / b.seconds)}x",
+        )  # fmt: skip
     return out
 
 

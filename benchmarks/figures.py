@@ -1,21 +1,24 @@
 """``python -m benchmarks.figures``: the figures of the documentation that are no times.
 
 The kernels run in Triton's interpreter here, so their errors are those of the arithmetic, not of a
-chip. About a minute.
+chip. About a minute; ``--json FILE`` keeps them for ``benchmarks.publish``.
 """
 
+import argparse
+import json
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import published
+from benchmarks import measure, published
 from benchmarks.contenders import Loss
 from vicreg_losses import VICRegLoss, functional
 
@@ -169,20 +172,48 @@ def floors() -> Table:
     return table
 
 
+def hinge_behind_batch_norm() -> Table:
+    title = "hinge behind a BatchNorm, 256 samples of 128 dimensions"
+    table = Table("standard deviation before", "hinge", title=title)
+    z = white((256, 128)).float()
+    for std in (0.1, 0.05, 0.02, 0.01, 0.003, 0.001, 0.0001):
+        after = torch.nn.BatchNorm1d(128, affine=False)(std * z)
+        table.add_row(f"{std:g}", f"{functional.variance_loss(after).item():.2g}")
+    return table
+
+
+def contents(table: Table) -> dict[str, list[str] | list[list[str]]]:
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return {
+        "columns": [str(column.header) for column in table.columns],
+        "rows": [[str(cell) for cell in row] for row in rows],
+    }
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
+    parser.add_argument("--json", type=Path, default=None, help="also write them here")
+    options = parser.parse_args()
     console = Console()
     before = torch.get_float32_matmul_precision()
-    tables = (
+    functions = (
         floors,
+        hinge_behind_batch_norm,
         covariance_errors,
         outlier_errors,
         narrow_column_errors,
         sketch_errors,
         sketch_extreme_errors,
     )
-    for table in tables:
-        console.print(table())
+    record = {}
+    for function in functions:
+        table = function()
+        console.print(table)
+        record[function.__name__] = contents(table)
     torch.set_float32_matmul_precision(before)
+    if options.json:
+        about = {"machine": measure.machine(), "versions": measure.versions()}
+        options.json.write_text(json.dumps(about | {"tables": record}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

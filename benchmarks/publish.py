@@ -1,0 +1,317 @@
+"""``python -m benchmarks.publish``: write the figures of committed results into README and docs.
+
+A page names a block, ``<!-- figures: NAME -->`` to ``<!-- /figures -->``; what lies between comes
+from ``benchmarks/results`` by one of ``BLOCKS``. ``--check`` writes nothing, and fails if a page
+is not what it would write.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks import distributed_model, record
+from benchmarks.contenders import FIELD, OURS, PUBLISHED
+from benchmarks.measure import Row
+from benchmarks.points import AXES, BASES, SWEEPS, Point
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/**/*.md")
+BLOCK = re.compile(
+    r"(?P<begin>^ *<!-- figures: (?P<name>[\w-]+) -->\n).*?(?P<end>^ *<!-- /figures -->$)",
+    re.MULTILINE | re.DOTALL,
+)
+README_POINTS = (
+    Point("covariance", 1, 256, 8192),
+    Point("covariance", 1, 2048, 8192),
+    Point("covariance", 1, 1024, 2048),
+    Point("covariance", 1, 4096, 256),
+    Point("covariance", 1, 64, 64),
+    Point("vicreg", 2, 1024, 2048),
+    Point("visreg", 2, 1024, 256, 1024),
+    Point("sigreg", 1, 2048, 256, 256),
+    Point("sigreg", 2, 1024, 256, 1024),
+)
+
+
+def pages() -> list[Path]:
+    """All that may have figures."""
+    return sorted(path for pattern in PAGES for path in ROOT.glob(pattern))
+
+
+def rendered(text: str) -> str:
+    """A page with its blocks made anew.
+
+    Raises:
+        KeyError: for a block of an unknown name.
+    """
+    return BLOCK.sub(
+        lambda found: found["begin"] + BLOCKS[found["name"]]().strip("\n") + "\n" + found["end"],
+        text,
+    )
+
+
+@cache
+def _json(name: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return record
+
+
+@cache
+def _sweeps() -> tuple[list[Row], dict[str, Any]]:
+    return record.read(RESULTS / "cpu")
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _rows_at(point: Point) -> dict[str, Row]:
+    return {row.contender: row for row in _sweeps()[0] if row.point == point.name}
+
+
+def _shape(row: Row) -> str:
+    return f"({row.views}, {row.samples}, {row.dimensions})" + (
+        f", {row.slices}" if row.slices else ""
+    )
+
+
+def _size(value: int) -> str:
+    return f"{value:,}"
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return ""
+    text = f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.3g}"
+    return text + unit
+
+
+def _fastest_other(point: Point, metric: str = "both_ms") -> Row | None:
+    same = {c.name for c in FIELD[point.loss] if c.same_loss} - {OURS}
+    others = [r for r in _rows_at(point).values() if r.contender in same and not r.absent]
+    return min(others, key=lambda r: getattr(r, metric), default=None)
+
+
+def readme_speed() -> str:
+    """Published formula, fastest other and ours at shapes of trainings."""
+    lines = []
+    for point in README_POINTS:
+        rows = _rows_at(point)
+        ours, formula, other = rows[OURS], rows[PUBLISHED], _fastest_other(point)
+        assert other is not None
+        lines.append(
+            (
+                {"sigreg": "SIGReg", "visreg": "VISReg", "vicreg": "VICReg"}.get(
+                    point.loss, point.loss
+                ),
+                _shape(ours),
+                f"{_number(formula.both_ms)} ms",
+                f"{_number(ours.both_ms)} ms",
+                _number(ours.both_ratio, "x"),
+                f"{other.contender}, {_number(ours.both_lead, 'x')}",
+                f"{_number(formula.peak_mib)} / {_number(ours.peak_mib)} MiB",
+            )
+        )
+    columns = ("loss", "(V, N, D), slices", "published", "ours", "ratio", "best other", "peak")
+    return _table(columns, lines)
+
+
+def machine() -> str:
+    """What the sweeps ran on."""
+    about = _sweeps()[1]
+    found = about["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{found['cpu']}, {found['threads']} threads, Python {found['python']}, torch "
+        f"{found['torch']}, numpy {found['numpy']}; {versions}."
+    )
+
+
+def _sweep_table(loss: str) -> str:
+    base = next(b for b in BASES if b.loss == loss)
+    parts = []
+    for axis in SWEEPS[loss]:
+        points = record.curve(_sweeps()[0], loss, axis, OURS)
+        lines = []
+        for row in points:
+            point = Point(row.loss, row.views, row.samples, row.dimensions, row.slices)
+            forward, both = _fastest_other(point, "forward_ms"), _fastest_other(point)
+            least = _fastest_other(point, "peak_mib")
+            lines.append(
+                (
+                    _size(getattr(row, axis)),
+                    _number(row.forward_ms),
+                    _versus(row.forward_lead, forward),
+                    _number(row.both_ms),
+                    _versus(row.both_lead, both),
+                    _number(row.peak_mib),
+                    _number(least.peak_mib) + f" ({least.contender})" if least else "none runs",
+                    f"{row.gradient_error:.0e}",
+                )
+            )
+        columns = (AXES[axis], "forward ms", "best other", "and backward ms", "best other",
+                   "peak MiB", "least other", "gradient error")  # fmt: skip
+        parts.append(_table(columns, lines))
+    slices = f", K = {base.slices}" if base.slices else ""
+    fixed = f"Elsewhere V = {base.views}, N = {base.samples}, D = {base.dimensions}{slices}."
+    return fixed + "\n\n" + "\n\n".join(parts)
+
+
+def _versus(lead: float | None, other: Row | None) -> str:
+    if lead is None or other is None:
+        return "none runs"
+    return f"{_number(lead)}x ({other.contender})"
+
+
+def exponents() -> str:
+    """Slopes of ours and of the published formula."""
+    found: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    about = _sweeps()[1]
+    for e in about["exponents"]:
+        found.setdefault((e["loss"], e["axis"]), {})[e["contender"], e["metric"]] = e["exponent"]
+    lines = []
+    for (loss, axis), slopes in found.items():
+        cells = [
+            f"{slopes[who, metric]:.2f}" if (who, metric) in slopes else ""
+            for metric in ("both_ms", "peak_mib")
+            for who in (OURS, PUBLISHED)
+        ]
+        lines.append((loss, AXES[axis], *cells))
+    columns = ("loss", "in", "time, ours", "time, published", "memory, ours", "memory, published")
+    return _table(columns, lines)
+
+
+def standing() -> str:
+    """At how many points ours lead, and where they do not."""
+    ours = [r for r in _sweeps()[0] if r.contender == OURS and not r.absent]
+    large = [r for r in ours if r.samples * r.dimensions >= 4096]
+    lines = []
+    for name, metric in (("forward", "forward_lead"), ("forward and backward", "both_lead")):
+        leads = [(getattr(r, metric), r) for r in large if getattr(r, metric) is not None]
+        behind = sorted(((lead, r.point) for lead, r in leads if lead < 0.95))
+        lines.append(
+            f"- {name}: fastest, or within 5 %, at {len(leads) - len(behind)} of {len(leads)}"
+            " points"
+            + (
+                "; behind at "
+                + ", ".join(f"`{point}` ({lead:.2f}x)" for lead, point in behind)
+                + "."
+                if behind
+                else "."
+            )
+        )
+    more = []
+    for row in large:
+        point = Point(row.loss, row.views, row.samples, row.dimensions, row.slices)
+        other = _fastest_other(point, "peak_mib")
+        if other is not None and row.peak_mib > 1.05 * other.peak_mib + 0.1:
+            more.append(
+                f"`{row.point}` ({_number(row.peak_mib)} against {_number(other.peak_mib)} MiB, "
+                f"{other.contender})"
+            )
+    lines.append(
+        f"- peak memory: the least, or within 5 %, at {len(large) - len(more)} of {len(large)} "
+        "points" + ("; more at " + ", ".join(more) + "." if more else ".")
+    )
+    return "\n".join(lines)
+
+
+def floors() -> str:
+    """Losses of perfect embeddings."""
+    tables = _json("numerics.json")["tables"]["floors"]
+    columns = ("N", "variance of the paper's targets", "VISReg's shape", "SIGReg")
+    return _table(columns, tables["rows"])
+
+
+def readme_floors() -> str:
+    """The same in a sentence of the README."""
+    rows = {row[0]: row[1:] for row in _json("numerics.json")["tables"]["floors"]["rows"]}
+    return (
+        "- SIGReg stays near 1 for perfect embeddings at every N. VISReg's shape term is "
+        f"{rows['16'][1]} for them at\n  N = 16, {rows['4096'][1]} at 4096.\n"
+        '- `quantiles="paper"` pulls a small batch below unit variance (its targets have '
+        f'{rows["16"][0]} at N = 16,\n  {rows["256"][0]} at 256); `quantiles="exact"` is the W2 '
+        "distance to N(0, 1) and does not."
+    )
+
+
+def hinge_behind_batch_norm() -> str:
+    """The variance loss of what comes out of a BatchNorm."""
+    found = _json("numerics.json")["tables"]["hinge_behind_batch_norm"]["rows"]
+    columns, values = zip(*found, strict=True)
+    head = ("standard deviation before BatchNorm", *columns)
+    return _table(head, [("hinge of what comes out, 256 samples of 128 dimensions", *values)])
+
+
+def recipes() -> str:
+    """What the small trainers end at."""
+    rows = _json("recipes.json")["rows"]
+    lines = [(f"`{r['command']}`", r["line"], f"{r['std']:.2f}", f"{r['rank']:.0f}") for r in rows]
+    return _table(("", "the line", "std of `z`", "effective rank"), lines)
+
+
+def distributed_measured() -> str:
+    """Ours and gather-everything over ranks of one machine."""
+    lines = []
+    for row in _json("distributed/distributed.json")["measured"]:
+        shape = "({views}, {samples}, {dimensions})".format(**row)
+        shape += f", {row['slices']}" if row["slices"] else ""
+        times = (_number(row["published_ms"]), _number(row["ours_ms"]), f"{row['ratio']:.1f}x")
+        lines.append((row["loss"], str(row["ranks"]), shape, row["by"], *times))
+    columns = ("loss", "ranks", "(V, N, D), slices", "ours by", "published ms", "ours ms", "ratio")
+    return _table(columns, lines)
+
+
+def distributed_model_tables() -> str:
+    """The MODEL of the communication, one table for each D."""
+    rows = _json("distributed/distributed.json")["model"]
+    parts = [_json("distributed/distributed.json")["assumptions"]]
+    for dimensions in dict.fromkeys(row["dimensions"] for row in rows):
+        chosen = [distributed_model.row_of(row) for row in rows if row["dimensions"] == dimensions]
+        table = distributed_model.table(chosen)
+        lines = zip(*(list(column.cells) for column in table.columns), strict=True)
+        names = [str(column.header) for column in table.columns]
+        parts += [f"D = {dimensions}:", _table(names, [[str(cell) for cell in x] for x in lines])]
+    return "\n\n".join(parts)
+
+
+BLOCKS = {
+    "readme-speed": readme_speed,
+    "readme-floors": readme_floors,
+    "machine": machine,
+    "standing": standing,
+    "exponents": exponents,
+    "floors": floors,
+    "hinge-behind-batch-norm": hinge_behind_batch_norm,
+    "recipes": recipes,
+    "distributed-measured": distributed_measured,
+    "distributed-model": distributed_model_tables,
+    **{f"sweep-{loss}": lambda loss=loss: _sweep_table(loss) for loss in SWEEPS},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.publish", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if pages differ")
+    options = parser.parse_args(arguments)
+    stale = [path for path in pages() if rendered(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{'stale' if options.check else 'wrote'}: {path.relative_to(ROOT)}")
+        if not options.check:
+            path.write_text(rendered(path.read_text()))
+    if not options.check:
+        from benchmarks import charts
+
+        charts.draw(ROOT / "docs" / "assets" / "benchmarks", *_sweeps(), suffixes=("svg",))
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
