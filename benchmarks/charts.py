@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from benchmarks.contenders import FIELD, OURS
 from benchmarks.measure import Row
@@ -94,7 +95,7 @@ def _figure(rows: Sequence[Row], loss: str, axes: Sequence[str], about: dict[str
         f"torch {machine.get('torch', '')}. Lower is better; a line ends where memory does.",
         fontsize=8.5, color="#555555",
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.03, 1, 0.92))
+    figure.tight_layout(rect=(0, 0.03, 1, 0.94))
     return figure
 
 
@@ -118,6 +119,10 @@ def _panel(ax: Axes, rows: Sequence[Row], loss: str, axis: str, metric: str) -> 
     ax.set_yscale("log")
     sizes = SWEEPS[loss][axis]
     ax.set_xticks(sizes, [f"{s // 1024}k" if s >= 1024 else str(s) for s in sizes])
+    low, high = ax.get_ylim()
+    subdivisions = (1, 2, 5) if high / low < 100 else (1,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subdivisions))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     ax.minorticks_off()
     ax.grid(True, color="#e6e6e6", linewidth=0.8)
     ax.set_axisbelow(True)
