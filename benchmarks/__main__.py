@@ -102,18 +102,9 @@ def _report(console: Console, rows: Sequence[Row], about: dict[str, Any]) -> Non
 
 
 def _table(loss: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=f"{loss}: medians; x = published / this", box=box.SIMPLE_HEAD)
-    columns = (
-        "",
-        "forward\nms",
-        "\nx",
-        "and back\nms",
-        "\nx",
-        "peak\nMiB",
-        "error of\nvalue",
-        "\ngradient",
-    )
-    for column in columns:
+    title = f"{loss}: medians; x = published / this; errors of value, gradient"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for column in ("", "forward\nms", "\nx", "and back\nms", "\nx", "peak\nMiB", "errors"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for point in dict.fromkeys(row.point for row in rows):
         table.add_section()
@@ -121,40 +112,49 @@ def _table(loss: str, rows: Sequence[Row]) -> Table:
         ours = next(row for row in here if row.contender == OURS)
         table.add_row(f"[bold]{point.partition('-')[2]}")
         for row in here:
-            table.add_row(*_cells(row))
+            if not row.absent:
+                table.add_row(*_cells(row))
         leads = _times(ours.forward_lead), _times(ours.both_lead)
         if all(leads):
-            table.add_row("  best other / ours", "", leads[0], "", leads[1], style="dim")
-    reasons = dict.fromkeys(f"{row.contender}: {row.absent}" for row in rows if row.absent)
-    table.caption = "; ".join(reasons)
+            table.add_row(" best other / ours", "", leads[0], "", leads[1], style="dim")
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.absent:
+            reasons.setdefault(f"{row.contender}: {row.absent}", []).append(row.point)
+    points = len({row.point for row in rows})
+    table.caption = "\n".join(
+        reason + ("" if len(where) == points else f" at {', '.join(where)}")
+        for reason, where in reasons.items()
+    )
     return table
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
-        f"  {row.contender}",
+        f" {row.contender}",
         _number(row.forward_ms),
         _times(row.forward_ratio),
         _number(row.both_ms),
         _times(row.both_ratio),
         _number(row.peak_mib),
-        _error(row.value_error),
-        _error(row.gradient_error),
+        f"{_error(row.value_error)} {_error(row.gradient_error)}",
     )
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}x"
+    return "" if value is None else f"{_number(value)}x"
 
 
 def _error(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.0e}" if value <= record.WRONG else f"[bold red]{value:.0e} wrong"
+    return f"{value:.0e}" if value <= record.WRONG else f"[bold red]{value:.0e}![/]"
 
 
 def _compare(console: Console, parser: argparse.ArgumentParser, before: Path, after: Path) -> int:

@@ -8,7 +8,6 @@ writes the figures, ``--docs FILE`` their table.
 
 import argparse
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -22,9 +21,6 @@ from torch import Tensor, nn
 from benchmarks import measure
 from vicreg_losses import VICRegLoss
 from vicreg_losses.diagnostics import EmbeddingMonitor
-
-RESULT = Path(__file__).parent / "results" / "monitor_cost.json"
-BLOCK = re.compile(r"(<!-- monitor_cost: begin -->\n).*(<!-- monitor_cost: end -->)", re.DOTALL)
 
 
 def resnet(batch: int = 64) -> tuple[nn.Module, Tensor]:
@@ -120,21 +116,11 @@ def table(record: dict[str, Any]) -> str:
     return head + "".join(rows)
 
 
-def documented(text: str, record: dict[str, Any]) -> str:
-    """The page with this record's table between its two marks."""
-    return BLOCK.sub(lambda marks: f"{marks[1]}{table(record)}{marks[2]}", text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.monitor_cost", description=__doc__)
-    parser.add_argument("--out", type=Path, default=None, help="write the figures here")
-    parser.add_argument("--docs", type=Path, default=None, help="put the recorded table in here")
+    parser.add_argument("--out", type=Path, default=None, help="write the figures to this file")
     parser.add_argument("--threads", type=int, default=None, help="PyTorch's CPU threads")
     options = parser.parse_args()
-    if options.docs is not None:
-        record = json.loads(RESULT.read_text())
-        options.docs.write_text(documented(options.docs.read_text(), record))
-        return
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -87,7 +87,10 @@ SHAPES = (
 )
 QUICK = (
     *BASES,
-    *SHAPES[:4],
+    Point("covariance", 1, 64, 64),
+    Point("covariance", 1, 256, 1024),
+    Point("covariance", 1, 1024, 2048),
+    Point("covariance", 1, 4096, 256),
     Point("vicreg", 2, 1024, 2048),
     Point("visreg", 2, 1024, 256, 1024),
     Point("sigreg", 1, 2048, 256, 256),
