@@ -67,9 +67,9 @@ def variance_loss(
     """Keep the standard deviation of every dimension up.
 
     ``form="hinge"``: ``mean_j relu(gamma - sqrt(s_j^2 + eps))`` with the unbiased variance
-    ``s_j^2``. VICReg (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906, eq. 1). The paper adds the
-    views up; this is their mean, as in the authors' code. Its gradient fades below a standard
-    deviation of ``sqrt(eps)``.
+    ``s_j^2``. VICReg (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906, eqs. 1 and 2). The paper
+    adds the views up; this is their mean, as in the authors' code. Its gradient fades below a
+    standard deviation of ``sqrt(eps)``.
 
     ``form="squared"``: ``mean_j (1 - (sigma_j + 1e-6))^2`` with the biased standard deviation
     ``sigma_j``; the scale term of VISReg (2026, arXiv:2606.02572, eq. 1, with the 1e-6 of the
@@ -91,7 +91,7 @@ def variance_loss(
     Raises:
         TypeError, ValueError, RuntimeError: see the module's conventions.
 
-    Example:
+    Examples:
         >>> z = torch.zeros(8, 4)
         >>> variance_loss(z)
         tensor(0.9900)
@@ -146,8 +146,8 @@ def covariance_loss(
 ) -> Tensor:
     """Decorrelate the dimensions: ``(1/D) sum_{i != j} C_ij^2``, ``C = Xc^T Xc / (N - 1)``.
 
-    VICReg (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906, eq. 3), with N the number of samples
-    really present. VICReg adds the views up; this is their mean.
+    VICReg (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906, eqs. 3 and 4), with N the number of
+    samples really present. VICReg adds the views up; this is their mean.
 
     ``||Xc^T Xc|| = ||Xc Xc^T||``, so the smaller of the D x D and the N x N product serves both
     the value and the gradient; half of it is computed. The N x N form subtracts the diagonal from

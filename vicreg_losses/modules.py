@@ -92,7 +92,7 @@ class VarianceLoss(Loss):
         form: "hinge" (VICReg, 2022) or "squared" (VISReg's scale term, 2026).
         **common: ``gather_distributed``, ``process_group``, ``reduction``, ``impl``.
 
-    Example:
+    Examples:
         >>> regularizer = VarianceLoss()
         >>> regularizer(torch.zeros(8, 4), torch.zeros(8, 4))
         tensor(0.9900)
