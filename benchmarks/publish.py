@@ -238,7 +238,7 @@ def readme_floors() -> str:
         f"{rows['16'][1]} for them at\n  N = 16, {rows['4096'][1]} at 4096.\n"
         '- `quantiles="paper"` pulls a small batch below unit variance (its targets have '
         f'{rows["16"][0]} at N = 16,\n  {rows["256"][0]} at 256); `quantiles="exact"` is the W2 '
-        "distance to N(0, 1) and does not."
+        "distance to N(0, 1) and hardly does."
     )
 
 
