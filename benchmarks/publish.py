@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks import distributed_model, record
+from benchmarks import distributed_model, monitor_cost, record
 from benchmarks.contenders import FIELD, OURS, PUBLISHED
 from benchmarks.measure import Row
 from benchmarks.points import AXES, BASES, SWEEPS, Point
@@ -291,6 +291,7 @@ BLOCKS = {
     "floors": floors,
     "hinge-behind-batch-norm": hinge_behind_batch_norm,
     "recipes": recipes,
+    "monitor-cost": lambda: monitor_cost.table(_json("monitor_cost.json")),
     "distributed-measured": distributed_measured,
     "distributed-model": distributed_model_tables,
     **{f"sweep-{loss}": lambda loss=loss: _sweep_table(loss) for loss in SWEEPS},

@@ -3,16 +3,19 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import oracles
 import pytest
 import torch
+from needed import needs
 from torch import Tensor
 
 from vicreg_losses import diagnostics
 from vicreg_losses.diagnostics import EmbeddingReport, effective_rank, embedding_report
 
+NEEDS_MATPLOTLIB = needs("matplotlib")[0]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -83,6 +86,7 @@ def test_rank_of_non_finite_embeddings_is_nan(bad: float) -> None:
     assert math.isnan(report.effective_rank)
     assert len(report.problems) == 1
     assert "NaN or infinite" in report.problems[0]
+    assert report.problem_kinds == ("non-finite",)
     assert "NaN or infinite" in str(report)
 
 
@@ -117,14 +121,14 @@ def one_dimension_alive() -> Tensor:
     return z
 
 
-# What is wrong, embeddings in which it is, and in which it is just not.
+# The kind and the words of what is wrong, embeddings in which it is, and in which it just is not.
 PROBLEMS: dict[str, tuple[str, Callable[[], Tensor], Callable[[], Tensor]]] = {
     "collapse": (
         "collapse: no dimension has a standard deviation above",
         lambda: 5 + 8e-3 * normal(512, 8).clamp(-1, 1),
         lambda: 2e-2 * normal(512, 8),
     ),
-    "dead": (
+    "dead dimensions": (
         "1 of 8 dimensions do not vary",
         lambda: normal(64, 8) * torch.tensor([1.0] * 7 + [5e-4]),
         lambda: normal(64, 8) * torch.tensor([1.0] * 7 + [2e-3]),
@@ -139,7 +143,7 @@ PROBLEMS: dict[str, tuple[str, Callable[[], Tensor], Callable[[], Tensor]]] = {
         lambda: of_singular_values(20 * torch.ones(2, dtype=torch.float64), 64, 40),
         lambda: of_singular_values(20 * torch.ones(5, dtype=torch.float64), 64, 40),
     ),
-    "repetition": (
+    "correlation": (
         "dimensions repeat each other: mean |correlation|",
         lambda: normal(256, 1) + normal(256, 8),
         lambda: normal(256, 1) * 0.3 + normal(256, 8),
@@ -151,7 +155,8 @@ PROBLEMS: dict[str, tuple[str, Callable[[], Tensor], Callable[[], Tensor]]] = {
 def test_each_problem_has_its_words(name: str) -> None:
     words, bad, good = PROBLEMS[name]
     report = embedding_report(bad())
-    assert any(problem.startswith(words) for problem in report.problems)
+    told = dict(zip(report.problem_kinds, report.problems, strict=True))
+    assert told[name].startswith(words)
     assert words in str(report)
     assert not any(problem.startswith(words) for problem in embedding_report(good()).problems)
 
@@ -207,23 +212,81 @@ def test_more_dimensions_than_a_quantile_takes() -> None:
     assert embedding_report(normal(4, 8192)).dimensions == 8192
 
 
+def test_scalars_for_a_logger() -> None:
+    report = embedding_report(PROBLEMS["dead dimensions"][1]())
+    scalars = report.as_dict()
+    assert all(type(value) is float for value in scalars.values())
+    quantiles = dict(report.std_quantiles)
+    for name, probability in {"min": 0, "p5": 0.05, "p25": 0.25, "median": 0.5}.items():
+        assert scalars[f"std_{name}"] == quantiles[probability]
+    for name, probability in {"p75": 0.75, "p95": 0.95, "max": 1}.items():
+        assert scalars[f"std_{name}"] == quantiles[probability]
+    for name in ("effective_rank", "dead_dimensions", "mean_abs_correlation", "samples"):
+        assert scalars[name] == getattr(report, name)
+    assert (scalars["unit_norm"], scalars["problems"], len(scalars)) == (0, 1, 13)
+
+
+@pytest.mark.parametrize("shape", [(64, 20), (20, 64)], ids=str)
+def test_singular_values(shape: tuple[int, int]) -> None:
+    values = torch.tensor([8.0, 4, 2, 1], dtype=torch.float64)
+    found = embedding_report(1e3 * of_singular_values(values, *shape)).singular_values
+    assert found.shape == (20,)
+    torch.testing.assert_close(found[:4], 1e3 * values)
+    assert not found[4:].any()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_scale_does_not_overflow(scale: float) -> None:
+    z = normal(32, 8)
+    assert effective_rank(scale * z) == pytest.approx(effective_rank(z))
+
+
+def test_autocast_changes_nothing() -> None:
+    z = normal(64, 8).float()
+    expected = embedding_report(z).as_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert embedding_report(z).as_dict() == expected
+
+
 # Matplotlib's dependencies warn of their own.
+@NEEDS_MATPLOTLIB
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_report_is_plottable() -> None:
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    plt = pytest.importorskip("matplotlib.pyplot")
+def test_report_is_plottable(tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     report = embedding_report(oracles.embeddings(1, 64, 8)[0])
-    axes = report.plot()
-    sorted_std = axes.lines[0].get_ydata()
-    np.testing.assert_array_equal(sorted_std, np.sort(report.std.numpy())[::-1])
-    assert "effective rank" in axes.get_title()
-    _, given = plt.subplots()
-    assert report.plot(given) is given
-    axes.figure.canvas.draw()
-    plt.close("all")
+    std = report.plot()
+    figure = std.figure
+    assert figure.axes[0] is std
+    spectrum = figure.axes[1]
+    np.testing.assert_array_equal(std.lines[0].get_ydata(), np.sort(report.std.numpy())[::-1])
+    expected = report.singular_values / report.singular_values[0]
+    np.testing.assert_allclose(spectrum.lines[0].get_ydata(), expected.numpy())
+    assert spectrum.lines[1].get_xdata()[0] == report.effective_rank
+    assert "effective rank" in spectrum.get_title()
+    figure.savefig(tmp_path / "report.png")
+    plt.close(figure)
+    assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+@NEEDS_MATPLOTLIB
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("z", [torch.zeros(4, 3), torch.full((4, 3), math.nan), normal(2, 1)])
+def test_plot_of_the_worst(z: Tensor, tmp_path: Path) -> None:
+    """In a figure of its own, and on axes that are given, as a part of a larger one."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2)
+    assert embedding_report(z).plot(ax=axes[1, 0]) is axes[1, 0]
+    assert [len(one.lines) for one in axes.flat] == [0, 0, 2, 0]
+    for number, drawn in enumerate((figure, embedding_report(z).plot().figure)):
+        drawn.savefig(tmp_path / f"{number}.png")
+        plt.close(drawn)
 
 
 def test_public_names() -> None:
-    assert set(diagnostics.__all__) == {"EmbeddingReport", "effective_rank", "embedding_report"}
+    assert set(diagnostics.__all__) == {
+        *("EmbeddingMonitor", "EmbeddingReport", "TermGradient"),
+        *("effective_rank", "embedding_report", "term_gradients"),
+    }
     assert isinstance(embedding_report(normal(4, 2)), EmbeddingReport)

@@ -38,7 +38,14 @@ PUBLIC = {
         "invariance_loss",
     ],
     "vicreg_losses.distributed": ["all_gather", "all_gather_ragged", "batch_statistics"],
-    "vicreg_losses.diagnostics": ["effective_rank", "embedding_report", "EmbeddingReport"],
+    "vicreg_losses.diagnostics": [
+        "effective_rank",
+        "embedding_report",
+        "EmbeddingReport",
+        "EmbeddingMonitor",
+        "TermGradient",
+        "term_gradients",
+    ],
 }
 
 
