@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "_sort": {"_parallel"},
     "_torch": {"_parallel", "_sort"},
     "_request": set(),
-    "_epps_pulley": {"_torch"},
+    "_epps_pulley": {"_parallel", "_torch"},
     "_deviations": {"_request", "_torch"},
     "_evaluate": {"_request", *PRIMITIVES},
     "_fused": {"_request", "_epps_pulley", "_torch", "kernels"},
@@ -94,14 +94,17 @@ ARROWS: dict[str, set[str]] = {
     },
     "modules": {"_checks", "_collectives", "_options", "_request", "_opaque", "functional"},
     "composites": {"_checks", "_options", "_request", "_ops", "functional", "modules"},
-    "diagnostics": {"_checks"},
+    "_report": {"_checks"},
+    "_monitor": {"_checks", "_report"},
+    "diagnostics": {"_checks", "_monitor", "_report"},
+    "lightning": {"diagnostics"},
     "__init__": {"composites", "diagnostics", "distributed", "functional", "modules"},
 }
 FOREIGN = {
     "__init__": set(),
     "_sort": {"numpy", "torch"},
     **{name: {"torch", "numpy"} for name in PRIMITIVES},
-    "diagnostics": {"torch", "matplotlib"},
+    "_report": {"torch", "matplotlib"},
 }
 
 

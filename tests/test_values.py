@@ -8,7 +8,7 @@ import torch
 from oracles import Loss, Term, error, float32_errors, truth, unit_directions, value_and_grad
 from torch import Tensor
 
-from vicreg_losses import LeJEPALoss, VICRegLoss, VISRegLoss, functional
+from vicreg_losses import LeJEPALoss, VICRegLoss, VISRegLoss, _epps_pulley, functional
 
 # Two float64 evaluation orders differ by about the number of summands (at most 1e4 here) times
 # 1e-16; 1e-10 leaves room for cancellation in a residual and none for a wrong coefficient.
@@ -292,3 +292,39 @@ def test_epps_pulley_of_normal_samples_does_not_vanish(n: int) -> None:
     value = functional.sliced_sketch_loss(z, **options)
     assert value.item() == pytest.approx(expected.item(), rel=0.2)
     assert expected.item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("grain", [1 << 16, 7], ids=["rows whole", "rows in pieces"])
+@pytest.mark.parametrize("in_numpy", [True, False], ids=["numpy", "torch"])
+@pytest.mark.parametrize("knots", [2, 3, 6, 17, 20])
+def test_harmonics(knots: int, in_numpy: bool, grain: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to evaluate them, for any number, with blocks of few rows and of less than one."""
+    monkeypatch.setattr(_epps_pulley, "_takes_numpy", lambda p: in_numpy)
+    monkeypatch.setattr(_epps_pulley, "_CPU_GRAIN", grain)
+    monkeypatch.setattr(_epps_pulley, "_CPU_BLOCK", 2 * grain)
+    monkeypatch.setattr(_epps_pulley, "_PRODUCT", grain)
+    monkeypatch.setattr(_epps_pulley, "_SERIAL", grain)
+    monkeypatch.setattr(_epps_pulley, "CHUNK", grain)
+    w = unit_directions(5, 9).double()
+    assert_exact(
+        lambda z: functional.sliced_sketch_loss(
+            z, directions=w, statistic="epps_pulley", knots=knots
+        ),
+        lambda z: oracles.epps_pulley(z, w, knots=knots),
+        oracles.embeddings(2, 21, 5),
+    )
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e38])
+def test_harmonics_of_what_is_not_finite(bad: float) -> None:
+    """Without a warning: value and gradient of that row say so, those of the others are theirs."""
+    p = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    table = _epps_pulley.knot_table(17, 3.0, p)
+    expected = p.clone()
+    expected_values = _epps_pulley.epps_pulley_(expected, table, True)
+    p[1, 4] = bad
+    values = _epps_pulley.epps_pulley_(p, table, True)
+    assert values.isfinite().tolist() == [True, bad == 1e38, True]
+    assert torch.equal(values[::2], expected_values[::2])
+    assert torch.equal(p[::2], expected[::2])
+    assert p[1].isfinite().all() == (bad == 1e38)

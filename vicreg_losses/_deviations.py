@@ -1,6 +1,7 @@
 """Deviations of views from the mean of some of them: the arithmetic of the invariance term."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def slopes(
     else:
         parts = _deviations(flat, num_global)
         if num_global < len(flat):
-            share = torch.stack(parts[num_global:]).sum(0) / num_global
+            share = reduce(torch.add, parts[num_global:]) / num_global
             for part in parts[:num_global]:
                 part -= share
         twice = scale(2)
@@ -66,5 +67,8 @@ def _deviations(views: Sequence[Tensor], num_global: int) -> list[Tensor]:
     dtype = computing_dtype(views)
     origin = views[0].to(dtype)
     parts = [torch.zeros_like(origin), *(view.to(dtype) - origin for view in views[1:])]
-    middle = torch.stack(parts[:num_global]).sum(0) / num_global
-    return [part.sub_(middle) for part in parts]
+    if num_global > 1:
+        middle = reduce(torch.add, parts[1:num_global]) / num_global
+        for part in parts:
+            part -= middle
+    return parts

@@ -64,15 +64,21 @@ def _evaluate(
         assert directions is not None
         table = knot_table(request.knots, request.t_max, z)
         value, slope = primitives.sketch(
-            z, directions, lambda p: epps_pulley_(p, table, keep), keep
+            z, directions, lambda p: epps_pulley_(p, table, keep), keep, overwrite=ours
         )
     elif request.sketch:
         assert directions is not None
         sigma = (squares / samples).sqrt_().add_(SIGMA_EPS)
-        x = centered / sigma if residue and residue[-1] is centered else centered.div_(sigma)
+        needed = keep and (request.variance or request.covariance)
+        x = centered / sigma if needed else centered.div_(sigma)
         targets = primitives.quantiles(samples, request.quantiles, x)
         value, slope = primitives.sketch(
-            x, directions, lambda p: primitives.wasserstein_(p, targets, keep), keep
+            x,
+            directions,
+            lambda p: primitives.wasserstein_(p, targets, keep),
+            keep,
+            factor=2 / samples,
+            overwrite=True,
         )
         value += sigma.sum() * 0  # NaN where sigma overflowed and so hid the samples
         slope = slope.div_(sigma) if slope is not None else None

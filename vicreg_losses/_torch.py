@@ -198,26 +198,27 @@ def _wide_quantiles(samples: int, rule: str, dtype: torch.dtype, device: torch.d
 
 
 def wasserstein_(p: Tensor, targets: Tensor, keep_gradient: bool) -> Tensor:
-    """Mean over samples of ``(sort(p) - targets)^2`` in each row; ``p`` becomes its gradient.
+    """Mean over samples of ``(sort(p) - targets)^2`` in each row; ``p`` becomes its residuals.
 
     Args:
-        p: projections, (K, N), contiguous; overwritten by the gradient of the sum of the returned
-            values (with ``keep_gradient``).
+        p: projections, (K, N), contiguous; overwritten by N / 2 times the gradient of the sum of
+            the returned values (with ``keep_gradient``).
         targets: quantiles, (N,).
         keep_gradient: whether the gradient is needed.
 
     Returns:
         The statistic of each slice, (K,).
     """
-    samples = p.shape[1]
-    sums = sort_residual_(p, targets, keep_gradient)
-    if keep_gradient:
-        p *= 2 / samples
-    return sums / samples
+    return sort_residual_(p, targets, keep_gradient) / p.shape[1]
 
 
 def sketch(
-    x: Tensor, directions: Tensor, statistic: Callable[[Tensor], Tensor], keep_gradient: bool
+    x: Tensor,
+    directions: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    keep_gradient: bool,
+    factor: float = 1.0,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Mean over slices (and views) of a statistic of the projections, and its gradient.
 
@@ -228,6 +229,8 @@ def sketch(
         directions: unit columns, (D, K), of the dtype of ``x``.
         statistic: maps projections (k, N) to values (k,); overwrites them by their gradient.
         keep_gradient: whether ``statistic`` does so, and the gradient is needed.
+        factor: what the gradient of ``statistic`` is still to be multiplied by.
+        overwrite: whether the gradient may take the place of ``x``.
 
     Returns:
         The mean, 0-dim of the wide dtype, and its gradient (V, N, D).
@@ -236,15 +239,15 @@ def sketch(
     slices = directions.shape[1]
     elements = _CPU_CHUNK * torch.get_num_threads() if x.device.type == "cpu" else CHUNK
     chunk = max(16, elements // (views * samples))
+    count = views * slices
     total = torch.zeros((), dtype=wide(x), device=x.device)
-    gradient = torch.zeros_like(x) if keep_gradient else None
+    gradient = None
     for begin in range(0, slices, chunk):
         w = directions[:, begin : begin + chunk].T.expand(views, -1, -1)  # (V, k, D)
         p = torch.bmm(w, x.mT)  # (V, k, N)
         total += statistic(p.flatten(0, 1)).sum(dtype=total.dtype)
-        if gradient is not None:
-            gradient.baddbmm_(p.mT, w)
-    count = views * slices
-    if gradient is not None:
-        gradient /= count
+        if keep_gradient:
+            if gradient is None:
+                gradient = x if overwrite and chunk >= slices else torch.empty_like(x)
+            gradient.baddbmm_(p.mT, w, beta=int(begin > 0), alpha=factor / count)
     return total / count, gradient
