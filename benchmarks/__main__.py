@@ -9,6 +9,7 @@ batch, the dimensions and the slices. Nothing is reported where ours are wrong.
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if options.compare:
         return _compare(console, parser, *options.compare)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    _prepare(parser, options)
     points = [p for p in (QUICK if options.quick else every()) if options.only in p.name]
     if not points:
         parser.error(f"--only: no point has {options.only!r} in its name")
@@ -47,19 +47,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for point in points:
             progress.update(task, description=point.name)
             rows += measure.measure(point, seconds, left_out)
+            wrong = record.failures(rows)
+            if wrong:
+                console.print("nothing is reported, as ours are wrong:", *wrong, sep="\n")
+                return 1
+            if options.out:
+                record.write(options.out, rows, about)  # what is measured is not lost
             progress.advance(task)
-    wrong = record.failures(rows)
-    if wrong:
-        console.print("nothing is reported, as ours are wrong:", *wrong, sep="\n", style="bold red")
-        return 1
     _report(console, rows, about)
     if options.out:
         from benchmarks import charts
 
-        record.write(options.out, rows, about)
         drawn = charts.draw(options.out, rows, about)
         console.print(f"wrote {2 + len(drawn)} files to {options.out}", highlight=False)
     return 0
+
+
+def _prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse before the work what would fail after it."""
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads: expected at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    if options.out:
+        if find_spec("matplotlib") is None:
+            parser.error("--out: expected matplotlib to be installed, for the plots")
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out: expected a folder to write to, got {options.out}: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -159,29 +175,35 @@ def _error(value: float | None) -> str:
 
 def _compare(console: Console, parser: argparse.ArgumentParser, before: Path, after: Path) -> int:
     try:
-        changes = record.compare(*(record.read(path)[0] for path in (before, after)))
+        (old, one), (new, other) = (record.read(path) for path in (before, after))
     except ValueError as error:
         parser.error(f"--compare: {error}")
+    for name in ("cpu", "threads"):
+        pair = [about.get("machine", {}).get(name) for about in (one, other)]
+        if pair[0] != pair[1]:
+            parser.error(f"--compare: expected the same {name}, got {pair[0]} and {pair[1]}")
+    changes = record.compare(old, new)
     if not changes:
         parser.error("--compare: the two have no point in common")
-    table = Table(title="published / ours in two runs, slowest change first")
-    for column in ("point", "of", "before", "after", "slower by"):
-        table.add_column(column)
-    regressions = [change for change in changes if change.slowdown > record.REGRESSION]
+    table = Table(
+        title="ours: published / ours, or MiB, in two runs", box=box.SIMPLE_HEAD, padding=0
+    )
+    for column in ("point", "of", "before", "after", "worse by"):
+        table.add_column(column, no_wrap=True)
     for change in changes:
-        style = "bold red" if change in regressions else ""
         table.add_row(
             change.point,
             change.metric,
-            f"{change.before:.2f}x",
-            f"{change.after:.2f}x",
-            f"{100 * (change.slowdown - 1):+.0f} %",
-            style=style,
+            _number(change.before),
+            _number(change.after),
+            f"{100 * (change.loss - 1):+.0f} %",
+            style="bold red" if change.is_regression else "",
         )
     console.print(table)
+    count = sum(change.is_regression for change in changes)
     limit = round(100 * (record.REGRESSION - 1))
-    console.print(f"{len(regressions)} of {len(changes)} slower by over {limit} %")
-    return int(bool(regressions))
+    console.print(f"{count} of {len(changes)} worse by over {limit} % and beyond their scatter")
+    return int(count > 0)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def _figure(rows: Sequence[Row], loss: str, axes: Sequence[str], about: dict[str
         0.02, 0.012,
         f"float32; elsewhere V = {base.views}, N = {base.samples}, D = {base.dimensions}{slices}. "
         f"{machine.get('cpu', '')}, {machine.get('threads', '?')} threads, "
-        f"torch {machine.get('torch', '')}. Lower is better; a line ends where memory does.",
+        f"torch {machine.get('torch', '')}. Lower is better; a line ends where memory or time did.",
         fontsize=8.5, color="#555555",
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.03, 1, 0.94))

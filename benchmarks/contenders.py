@@ -5,9 +5,8 @@ is defined to be may differ from the published formula (an epsilon, a normalisat
 are those against its own definition, in float64, so that a large one is a mistake and no choice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -58,25 +57,29 @@ class Contender:
         return ""
 
 
-def _stacked(formula: Callable[[Tensor], Tensor]) -> Loss:
-    return lambda *views: formula(torch.stack(views))
-
-
-def _drawn(formula: Callable[[Tensor, Tensor], Tensor], point: Point) -> Loss:
-    """A formula of views and directions, with directions drawn at every call."""
-    return lambda *views: formula(
-        torch.stack(views), published.unit_directions(point.dimensions, point.slices)
-    )
+def _together(views: Sequence[Tensor]) -> Tensor:
+    return views[0][None] if len(views) == 1 else torch.stack(views)
 
 
 def _published(point: Point, wrap: Callable[[Any], Any] = lambda formula: formula) -> Loss:
+    """The formula of the views, with slices drawn at every call; ``wrap`` takes all but the draw.
+
+    The draw is outside as errors are compared along given directions.
+    """
     if point.loss == "vicreg":
         return wrap(published.vicreg_of_views)
-    if point.loss in ("variance", "covariance"):
-        return _stacked(wrap(getattr(published, point.loss)))
-    if point.loss == "sigreg":
-        return _drawn(wrap(published.epps_pulley), point)
-    return _drawn(wrap(partial(published.visreg_loss, num_global=1)), point)
+    if not point.slices:
+        formula = getattr(published, point.loss)
+        return wrap(lambda *views: formula(_together(views)))
+
+    def sketch(w: Tensor, *views: Tensor) -> Tensor:
+        w = w / w.norm(dim=0, keepdim=True)
+        if point.loss == "sigreg":
+            return published.epps_pulley(_together(views), w)
+        return published.visreg_loss(_together(views), w, num_global=1)
+
+    wrapped = wrap(sketch)
+    return lambda *views: wrapped(torch.randn(point.dimensions, point.slices), *views)
 
 
 def _compiled(point: Point) -> Loss:
@@ -134,7 +137,7 @@ def _lightly_sigreg(point: Point) -> Loss:
     from lightly.loss.lejepa_loss import SIGReg
 
     loss = SIGReg(num_vectors=point.slices)
-    return lambda *views: loss(views[0] if len(views) == 1 else torch.stack(views))
+    return lambda *views: loss(_together(views))
 
 
 def _metric_learning_vicreg(point: Point) -> Loss:
@@ -153,7 +156,7 @@ def _stable_vicreg(point: Point) -> Loss:
 def _stable_sigreg(point: Point) -> Loss:
     from stable_pretraining.methods.lejepa import SlicedEppsPulley
 
-    return _mean_over_views(SlicedEppsPulley(point.slices))
+    return SlicedEppsPulley(point.slices)
 
 
 OURS, PUBLISHED, COMPILED = "ours", "published", "compiled"
@@ -186,7 +189,7 @@ FIELD: dict[str, tuple[Contender, ...]] = {
     "sigreg": (
         *_SKETCH,
         Contender(_LIGHTLY, _lightly_sigreg, "lightly"),
-        Contender(_STABLE, _stable_sigreg, _STABLE),
+        Contender(_STABLE, _stable_sigreg, _STABLE, views=1),  # its LeJEPA pools them
     ),
 }
 

@@ -28,7 +28,7 @@ from benchmarks import truth
 from benchmarks.contenders import COMPILED, FIELD, OURS, PUBLISHED, Contender, Loss
 from benchmarks.points import Point
 
-MEMORY_SHARE = 0.75  # of what is available: what needs more is left out by name
+MEMORY_SHARE = 0.6  # of what is available: what needs more is left out by name
 SLOWEST_SECONDS = 6.0  # of a step, likewise: it has been seen to be slow
 SHORTEST_SECONDS = 2e-3  # of a turn: several calls where one is too short to time
 LONG_SECONDS = 3.0  # of a step; beyond it the peak is of the first one, and no second is made
@@ -46,6 +46,7 @@ class Row:
             gradient.
         forward_ratio, both_ratio: time of the published formula over this one's, medians of the
             rounds' ratios.
+        forward_low, forward_high, both_low, both_high: quartiles of the same.
         forward_lead, both_lead: of ours, the time of the best other contender with the same loss
             over ours.
         peak_mib: most memory that a step with gradient holds over what the process holds beside.
@@ -65,6 +66,10 @@ class Row:
     both_ms: float | None = None
     forward_ratio: float | None = None
     both_ratio: float | None = None
+    forward_low: float | None = None
+    forward_high: float | None = None
+    both_low: float | None = None
+    both_high: float | None = None
     forward_lead: float | None = None
     both_lead: float | None = None
     peak_mib: float | None = None
@@ -92,7 +97,7 @@ def measure(point: Point, seconds: float, left_out: dict[str, str]) -> list[Row]
 
     Args:
         point: where.
-        seconds: for the turns of all; three rounds are made in any case.
+        seconds: for the turns of all; three rounds, unless one takes more than that.
         left_out: contenders that are not to be measured, and why.
     """
     rows = {c.name: Row(point.name, **asdict(point), contender=c.name) for c in FIELD[point.loss]}
@@ -120,12 +125,12 @@ def _apart(work: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
             return pool.submit(work, *arguments).result(), ""
         except BrokenProcessPool:
             return None, "its process was ended, by the system or by a fault"
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
-                raise
-            return None, f"needs over {_limit_bytes() / 2**30:.0f} GiB"
         except TimeoutError as error:
             return None, str(error)
+        except Exception as error:  # of whatever a contender may raise
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                return None, f"needs over {_limit_bytes() / 2**30:.0f} GiB"
+            return None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _limit_bytes() -> int:
@@ -168,9 +173,9 @@ def _turns_here(
     point: Point, names: Sequence[str], seconds: float, threads: int
 ) -> dict[str, dict[str, float | None]]:
     torch.set_num_threads(threads)
-    found = errors(point, names)
-    views = point.embeddings()
     losses = {name: _contender(point, name).build(point) for name in names}
+    found = errors(point, losses)
+    views = point.embeddings()
     for kind, call in (("forward", forward), ("both", step)):
         times = _turns(call, losses, views, seconds / 2)
         for name in names:
@@ -187,8 +192,8 @@ def _turns(
     seconds: float,
 ) -> dict[str, list[float]]:
     names = list(losses)
-    for name in names:
-        call(losses[name], views)  # loads and compiles
+    if COMPILED in losses:
+        call(losses[COMPILED], views)  # compiles; the others are warm from the errors
     once = {name: _timed(call, losses[name], views) for name in names}
     if sum(once.values()) > 2 * seconds:
         return {name: [once[name]] for name in names}
@@ -206,16 +211,24 @@ def _turns(
 def _summary(point: Point, name: str, times: dict[str, list[float]]) -> dict[str, float | None]:
     others = [c.name for c in FIELD[point.loss] if c.same_loss and c.name in times]
     others = [other for other in others if other != name]
-    lead = min((_ratio(times[other], times[name]) for other in others), default=None)
+    lead = min((_ratios(times[other], times[name])[1] for other in others), default=None)
+    low, ratio, high = None, None, None
+    if PUBLISHED in times:
+        low, ratio, high = _ratios(times[PUBLISHED], times[name])
     return {
         "ms": 1e3 * statistics.median(times[name]),
-        "ratio": _ratio(times[PUBLISHED], times[name]) if PUBLISHED in times else None,
+        "low": low,
+        "ratio": ratio,
+        "high": high,
         "lead": lead if name == OURS else None,
     }
 
 
-def _ratio(times: Sequence[float], other: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(times, other, strict=True))
+def _ratios(times: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of the rounds' ratios."""
+    ratios = [a / b for a, b in zip(times, other, strict=True)]
+    low, median, high = statistics.quantiles(ratios * (1 + (len(ratios) == 1)), method="inclusive")
+    return low, median, high
 
 
 def _timed(
@@ -230,17 +243,18 @@ def _timed(
     return (time.perf_counter() - begin) / count
 
 
-def errors(point: Point, names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+def errors(point: Point, losses: dict[str, Loss]) -> dict[str, dict[str, float | None]]:
     """Relative errors of value and gradient in float32, all along the same directions."""
     views, directions = point.embeddings(), point.directions()
     truths: dict[str, tuple[float, list[Tensor]]] = {}
     found: dict[str, dict[str, float | None]] = {}
-    for name in names:
+    for name, loss in losses.items():
         contender = _contender(point, name)
         key = str(contender.definition)
         if key not in truths:
             truths[key] = truth.value_and_gradients(point, views, directions, contender.definition)
-        value, gradients = value_and_gradients(contender, point, views, directions)
+        given = contender.takes_directions
+        value, gradients = value_and_gradients(loss, views, directions, given)
         true_value, true_gradients = truths[key]
         found[name] = {
             "value_error": abs(value - true_value) / abs(true_value) if true_value else value,
@@ -250,12 +264,11 @@ def errors(point: Point, names: Sequence[str]) -> dict[str, dict[str, float | No
 
 
 def value_and_gradients(
-    contender: Contender, point: Point, views: Sequence[Tensor], directions: Tensor | None
+    loss: Loss, views: Sequence[Tensor], directions: Tensor | None, takes_directions: bool
 ) -> tuple[float, list[Tensor]]:
-    """A contender's own, along given directions."""
-    loss = contender.build(point)
+    """Of a loss, along given directions, which it takes as an argument or draws."""
     leaves = [view.detach().requires_grad_() for view in views]
-    if directions is not None and contender.takes_directions:
+    if directions is not None and takes_directions:
         value = loss(*leaves, directions=directions)
     elif directions is not None:
         with mock.patch.object(torch, "randn", return_value=directions.clone()):
@@ -279,13 +292,11 @@ def machine() -> dict[str, str | int]:
 
     import numpy as np
 
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -308,7 +319,10 @@ def _commit() -> str:
     import vicreg_losses
 
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # no git
+        return vicreg_losses.__version__
     return f"{vicreg_losses.__version__} {done.stdout.strip()}".strip()

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from benchmarks.points import BASES, SWEEPS, along
 FITTED = 3  # largest points of a sweep, where work outweighs the cost of a call
 WRONG = 1e-3  # a relative error above this is no rounding of float32
 REGRESSION = 1.10
+SCATTER_MIB = 1.0  # of a peak, from run to run
 METRICS = ("forward_ms", "both_ms", "peak_mib")
 
 
@@ -35,17 +35,27 @@ class Exponent:
 
 @dataclass(frozen=True)
 class Change:
-    """Ours at one point, as times faster than the published formula, in two runs."""
+    """Ours at one point in two runs.
+
+    Attributes:
+        point: where.
+        metric: "forward" or "both", as times faster than the published formula, or "peak", in MiB.
+        before, after: the two.
+        loss: the second over the first, or the other way round, above 1 where the second is worse.
+        beyond_scatter: whether the quartiles of the rounds' ratios do not overlap.
+    """
 
     point: str
     metric: str
     before: float
     after: float
+    loss: float
+    beyond_scatter: bool
 
     @property
-    def slowdown(self) -> float:
-        """Above 1 where the second run is slower than the first."""
-        return self.before / self.after
+    def is_regression(self) -> bool:
+        """Worse by more than the limit, and by more than the rounds of a run differ."""
+        return self.loss > REGRESSION and self.beyond_scatter
 
 
 def curve(rows: Iterable[Row], loss: str, axis: str, contender: str) -> list[Row]:
@@ -110,21 +120,27 @@ def read(path: Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def compare(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
-    """Ours in two runs, relative to the published formula of the same run, slowest change first.
+    """Ours in two runs, relative to the published formula of the same run, worst change first.
 
-    The formula is the clock: a machine that is slower, or busy, is so for both.
+    The formula is the clock: a machine that is slower, or busy, is so for both. Where it could not
+    be run there is none, and only memory is compared.
     """
     earlier = {row.point: row for row in before if row.contender == OURS}
     found = []
-    for row in after:
-        old = earlier.get(row.point)
-        if row.contender != OURS or old is None:
+    for new in after:
+        old = earlier.get(new.point)
+        if new.contender != OURS or old is None:
             continue
         for metric in ("forward", "both"):
-            ratios = [getattr(r, f"{metric}_ratio") for r in (old, row)]
-            if all(ratio is not None and math.isfinite(ratio) for ratio in ratios):
-                found.append(Change(row.point, metric, *ratios))
-    return sorted(found, key=lambda change: -change.slowdown)
+            a, b = (getattr(row, f"{metric}_ratio") for row in (old, new))
+            if a and b:
+                apart = getattr(old, f"{metric}_low") > getattr(new, f"{metric}_high")
+                found.append(Change(new.point, metric, a, b, a / b, apart))
+        if old.peak_mib and new.peak_mib:
+            more = new.peak_mib - old.peak_mib > SCATTER_MIB
+            ratio = new.peak_mib / old.peak_mib
+            found.append(Change(new.point, "peak", old.peak_mib, new.peak_mib, ratio, more))
+    return sorted(found, key=lambda change: (not change.is_regression, -change.loss))
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
@@ -136,7 +152,10 @@ def failures(rows: Sequence[Row]) -> list[str]:
     formula = {row.point: row for row in rows if row.contender == PUBLISHED and not row.absent}
     found = []
     for row in rows:
-        if row.contender != OURS or row.absent:
+        if row.contender != OURS:
+            continue
+        if row.absent:
+            found.append(f"{row.point}: ours did not run: {row.absent}")
             continue
         for name in ("value_error", "gradient_error"):
             mine = getattr(row, name)

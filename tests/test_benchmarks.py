@@ -56,7 +56,7 @@ def test_contenders_are_what_they_claim(loss: str, contender: Contender) -> None
     point = SMALL[loss]
     if contender.absence(point):
         pytest.skip(f"{contender.name}: {contender.absence(point)}")
-    found = measure.errors(point, [contender.name])[contender.name]
+    found = measure.errors(point, {contender.name: contender.build(point)})[contender.name]
     assert found["value_error"] < 1e-5
     assert found["gradient_error"] < 1e-4
 
@@ -100,7 +100,9 @@ def test_gate_sees_a_wrong_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {name: Row(point.name, **dataclasses.asdict(point), contender=name) for name in (OURS,)}
 
     def failures() -> list[str]:
-        for name, figures in measure.errors(point, [OURS]).items():
+        for name, figures in measure.errors(
+            point, {OURS: FIELD["covariance"][0].build(point)}
+        ).items():
             rows[name] = dataclasses.replace(rows[name], **figures)
         return record.failures(list(rows.values()))
 
@@ -120,7 +122,7 @@ def test_wrong_results_are_not_reported(
     shown = capsys.readouterr().out
     assert "nothing is reported" in shown
     assert "value_error 0.01" in shown
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def sweep_rows(power: float) -> list[Row]:
@@ -140,22 +142,63 @@ def test_exponents() -> None:
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fast, slow = row(OURS, both_ratio=4.4, both_ms=1.0), row(OURS, both_ratio=4.1, both_ms=9.0)
-    slower = row(OURS, both_ratio=3.9, both_ms=1.0)
-    for name, one in (("fast", fast), ("slow", slow), ("slower", slower)):
+    def ours(ratio: float, ms: float = 1.0, scatter: float = 0.05, peak: float = 20.0) -> Row:
+        low, high = ratio - scatter, ratio + scatter
+        more = {"both_low": low, "both_high": high, "peak_mib": peak}
+        return row(OURS, both_ratio=ratio, both_ms=ms, forward_low=1.0, forward_high=1.0, **more)
+
+    runs = {
+        "fast": ours(4.4),
+        "slow": ours(4.1, ms=9.0),  # 7 %, though its milliseconds are nine times as many
+        "slower": ours(3.9),
+        "scattered": ours(3.9, scatter=1.0),
+        "larger": ours(4.4, peak=23.0),
+    }
+    for name, one in runs.items():
         record.write(tmp_path / name, [one, row(PUBLISHED)], {"machine": {}, "versions": {}})
+    machine = {"cpu": "another", "threads": 2}
+    record.write(tmp_path / "other", [runs["fast"]], {"machine": machine, "versions": {}})
 
     def compare(*names: str) -> int:
         return command.main(["--compare", *(str(tmp_path / name) for name in names)])
 
-    assert compare("fast", "slow") == 0  # 7 %, though its milliseconds are nine times as many
-    assert compare("slower", "fast") == 0
-    assert "1 of 2" not in capsys.readouterr().out
-    assert compare("fast", str(Path("slower") / "results.json")) == 1
-    assert "1 of 2 slower by over 10 %" in capsys.readouterr().out
+    for better, worse, regressions in (
+        ("fast", "slow", 0),
+        ("slower", "fast", 0),
+        ("fast", "scattered", 0),
+        ("fast", str(Path("slower") / "results.json"), 1),
+        ("fast", "larger", 1),
+    ):
+        assert compare(better, worse) == regressions
+        assert f"{regressions} of 3 worse by over 10 %" in capsys.readouterr().out
+    for name, words in (
+        ("missing", "expected results of python -m benchmarks"),
+        ("other", "expected the same cpu, got None and another"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            compare("fast", name)
+        assert words in capsys.readouterr().err
+
+
+def test_ours_that_did_not_run_is_a_failure() -> None:
+    assert record.failures([row(PUBLISHED), row(OURS, absent="ended")]) == [
+        "covariance-v2-n9-d12: ours did not run: ended"
+    ]
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
+@pytest.mark.parametrize("option", ["--out", "--threads"])
+def test_bad_values(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    value = {"--out": str(tmp_path / "file"), "--threads": "0"}[option]
     with pytest.raises(SystemExit, match="2"):
-        compare("fast", "missing")
-    assert "expected results of python -m benchmarks" in capsys.readouterr().err
+        command.main([option, value])
+    assert f"{option}: expected" in capsys.readouterr().err
+
+
+def test_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert measure.versions()["vicreg-losses"]
 
 
 def test_records_come_back(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ._torch import CHUNK, wide
 # Elements of a harmonic at a time, for each thread of a CPU: 16 harmonics are 1 MiB, about an L2
 # cache, and take several times longer than the calls.
 _CPU_GRAIN = 8192
-# Elements that a thread takes at a time: nearly a millisecond.
+# Elements that a thread takes at a time: few have to be worth the start of another thread.
 _CPU_BLOCK = 65536
 # Elements of a product that BLAS computes in the thread that asks for it.
 _PRODUCT = 4096
@@ -71,25 +71,32 @@ def epps_pulley_(p: Tensor, table: Tensor, keep_gradient: bool) -> Tensor:
     Returns:
         The statistic of each slice, (K,).
     """
-    slices, samples = p.shape
-    if not keep_gradient:
-        return epps_pulley_from_means(wave_sums(p, table) / samples, table, samples)[0]
-    statistic = p.new_empty(slices)
     if _takes_numpy(p):
-        knots, values, gradient = table.numpy(), statistic.numpy(), p.numpy()
-
-        def finish(begin: int, end: int, waves: Complex, sums: Callable[[], Complex]) -> None:
-            means = sums() / samples
-            values[begin:end], a, b = _terms(means.real, means.imag, knots, samples)
-            _combine(waves, a, b, gradient[begin:end])
-
-        _for_each_wave_block(p, table, finish)
-        return statistic
+        return _epps_pulley_in_numpy_(p, table, keep_gradient)
+    slices, samples = p.shape
+    statistic = p.new_empty(slices)
     for begin, block, waves in _wave_blocks(p, table):
         value, coefficients = epps_pulley_from_means(waves.mean(-1), table, samples)
         statistic[begin : begin + len(block)] = value
-        torch.bmm(coefficients, waves, out=block.unsqueeze(1))
+        if keep_gradient:
+            torch.bmm(coefficients, waves, out=block.unsqueeze(1))
     return statistic
+
+
+def _epps_pulley_in_numpy_(p: Tensor, table: Tensor, keep_gradient: bool) -> Tensor:
+    values, knots, samples = p.numpy(), table.numpy(), p.shape[1]
+    means = np.empty((len(p), table.shape[1]), np.result_type(values, np.complex64))
+
+    def finish(begin: int, end: int, waves: Complex, sums: Callable[[], Complex]) -> None:
+        some = means[begin:end]
+        np.divide(sums(), samples, out=some)
+        if keep_gradient:
+            _, a, b = _terms(some.real, some.imag, knots, samples)
+            _combine(waves, a, b, values[begin:end])
+
+    _for_each_wave_block(p, table, finish)
+    with np.errstate(all="ignore"):  # all at once, so with the same bits whatever is kept
+        return torch.from_numpy(_terms(means.real, means.imag, knots, samples)[0])
 
 
 def wave_sums(p: Tensor, table: Tensor) -> Tensor:
@@ -143,7 +150,7 @@ def _terms(
     """
     t, target, weight = table
     excess = cosine - target
-    value = samples * ((excess * excess + sine * sine) @ weight)
+    value = samples * ((excess * excess + sine * sine) * weight).sum(1)
     scale = 2 * weight * t
     return value, sine * scale, -excess * scale
 
