@@ -10,7 +10,8 @@ from benchmarks import publish
 PAGES = publish.pages()
 NAMES = [str(path.relative_to(publish.ROOT)) for path in PAGES]
 CODE = re.compile(r"^( *)```.*?^\1```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
-UNITS = "ms|milliseconds|us|µs|s|seconds|min|minutes|hours|KiB|MiB|GiB|kB|MB|GB|TB|GB/s|GFLOP/s|TF/s|%|percent"
+UNITS = "ms|milliseconds|us|µs|s|seconds|min|minutes|hours|KiB|MiB|GiB|kB|MB|GB|TB|GB/s|GFLOP/s"
+UNITS += "|TF/s|%|percent"
 TIMES = r"x|\u00d7| times (?:faster|slower|less|more)|-fold"
 NUMBER = r"(?<![\w.^])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
 MEASURED = re.compile(rf"{NUMBER}(?:(?:{TIMES})|[ \u00a0]?(?:{UNITS}))(?![\w^])")
