@@ -2,8 +2,8 @@
 
 Two steps on this machine's CPU, a ResNet-18 and a single linear layer, with the monitor in two of
 three, so that both kinds see the same machine. The share is the time inside ``monitor.update`` over
-that of the steps around it; the difference of whole steps is below their scatter. ``--out FILE``
-writes the figures, ``--docs FILE`` their table.
+that of the steps around it; the difference of whole steps is below their scatter. Prints a
+table; ``--out FILE`` writes the figures.
 """
 
 import argparse

@@ -103,9 +103,33 @@ class Own(nn.Module):
         return 2 * terms.invariance + terms.variance - 3 * terms.covariance
 
 
+class Constant(Own):
+    """With a term that depends on no embedding."""
+
+    def terms(self, z: Tensor) -> Any:
+        return super().terms(z)._replace(invariance=Z.new_tensor(4.0))
+
+
 def test_objectives_of_users() -> None:
     found = term_gradients(Own(), Z)
     ours = term_gradients(VICRegLoss(2, 1, 3), Z)
     for name, sign in {"invariance": 1, "variance": 1, "covariance": -1}.items():
         assert found[name].value == pytest.approx(sign * ours[name].value, rel=1e-9)
         assert found[name].gradient_norm == pytest.approx(ours[name].gradient_norm, rel=1e-9)
+
+
+def test_constant_term_has_a_value_and_no_gradient() -> None:
+    found = term_gradients(Constant(), Z)
+    assert found["invariance"] == (8, 0)
+    rest = term_gradients(Own(), Z)
+    assert [found[name] for name in ("variance", "covariance")] == [
+        rest[name] for name in ("variance", "covariance")
+    ]
+
+
+def test_frozen_children_stay_frozen() -> None:
+    objective = Own()
+    objective.frozen = nn.BatchNorm1d(Z.shape[-1]).eval()
+    term_gradients(objective, Z)
+    assert objective.training
+    assert not objective.frozen.training

@@ -21,9 +21,11 @@ class EmbeddingMonitor:
     others it counts. Only the step of the report waits for the device.
 
     The buffer takes one view of each sample, in turns, so that no sample counts twice: with batches
-    of N samples it is filled in the last ``samples / N`` steps, or in one where N is larger. Its
-    size bounds what is read: the effective rank is at most min(``samples``, D), so values compare
-    at one size only. While the buffer is filled the network moves, and embeddings that move as one
+    of N samples it is filled in the last ``samples / N`` steps and one more, as the last batch of
+    an epoch may be small. A step that is left out empties it, so that rows are always of successive
+    steps; where batches shrink by more, the report has fewer rows, not old ones. Its size bounds
+    what is read: the effective rank is at most min(``samples``, D), so values compare at one size
+    only. While the buffer is filled the network moves, and embeddings that move as one
     read as spread: choose ``samples`` of a few batches at most. The memory is ``samples`` times D
     numbers of float32 (float64 for float64).
 
@@ -65,8 +67,8 @@ class EmbeddingMonitor:
                 or one (V, N, D) tensor; any floating dtype and device, with or without a gradient.
 
         Returns:
-            The scalars of :meth:`EmbeddingReport.as_dict` where a report is due, and ``None``
-            elsewhere, or with fewer than two rows in the buffer.
+            dict | None: the scalars of :meth:`EmbeddingReport.as_dict` where a report is due, and
+            ``None`` elsewhere, or with fewer than two rows in the buffer.
 
         Raises:
             TypeError, ValueError: for anything but embeddings, or another D than before.
@@ -81,8 +83,10 @@ class EmbeddingMonitor:
             )
         self._step += 1
         to_go = -self._step % self.every
-        if to_go * tensors[0].shape[-2] < self.samples:
+        if (to_go - 1) * tensors[0].shape[-2] < self.samples:
             self._keep(tensors)
+        else:
+            self._written = 0
         if to_go or self._rows is None or self._written < 2:
             return None
         filled = self._rows[: min(self._written, self.samples)]

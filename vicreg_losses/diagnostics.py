@@ -4,11 +4,11 @@ Nothing here is differentiable, and results come back to the host. What each num
 where on it is called a problem, and why: ``docs/diagnostics.md``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _checks
 from ._monitor import EmbeddingMonitor
@@ -32,7 +32,7 @@ class TermGradient(NamedTuple):
 
 
 class _Objective(Protocol):
-    training: bool
+    def modules(self) -> Iterable[nn.Module]: ...
 
     def train(self, mode: bool = True) -> Any: ...
 
@@ -56,36 +56,44 @@ def term_gradients(
 
     Args:
         objective: :class:`VICRegLoss`, :class:`VISRegLoss`, :class:`LeJEPALoss`, or a module with
-            ``terms(*views)``, a named tuple, and ``total(terms)``, linear in them.
+            ``terms(*views)``, a named tuple of tensors, and ``total(terms)``, linear in them.
         *views: embeddings as the objective takes them.
 
     Returns:
-        dict: :class:`TermGradient` of each term, by its name.
+        dict: :class:`TermGradient` of each term, by its name; of length 0 for a constant.
 
     Raises:
         TypeError, ValueError: for anything but embeddings.
     """
     given: Any = views[0] if len(views) == 1 else views
-    training = objective.training
     with torch.inference_mode(False), torch.enable_grad():
         leaves = [_leaf(z) for z in _checks.embeddings(given, min_samples=0)]
-        objective.train(False)
-        try:
-            terms = objective.terms(*leaves)
-        finally:
-            objective.train(training)
-        weights = torch.autograd.grad(
-            objective.total(terms), terms, retain_graph=True, materialize_grads=True
-        )
-        found = {}
-        for name, term, weight in zip(terms._fields, terms, weights, strict=True):
-            gradients = torch.autograd.grad(
-                term, leaves, weight, retain_graph=True, materialize_grads=True
-            )
-            lengths = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
-            length = float(torch.linalg.vector_norm(lengths))
-            found[name] = TermGradient(float(term.detach() * weight), length)
-    return found
+        terms = _terms(objective, leaves)
+        values = terms._make(term.detach().requires_grad_() for term in terms)
+        weights = torch.autograd.grad(objective.total(values), values, materialize_grads=True)
+        return {
+            name: TermGradient(float(term.detach() * weight), _length(term, leaves, weight))
+            for name, term, weight in zip(terms._fields, terms, weights, strict=True)
+        }
+
+
+def _terms(objective: _Objective, leaves: list[Tensor]) -> Any:
+    """The terms in evaluation; each module is left in the mode that it was in."""
+    modes = [(module, module.training) for module in objective.modules()]
+    objective.train(False)
+    try:
+        return objective.terms(*leaves)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _length(term: Tensor, leaves: list[Tensor], weight: Tensor) -> float:
+    if not term.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(term, leaves, weight, retain_graph=True, materialize_grads=True)
+    lengths = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
+    return float(torch.linalg.vector_norm(lengths))
 
 
 def _leaf(z: Tensor) -> Tensor:

@@ -39,12 +39,18 @@ def _base() -> Any:
 class EmbeddingMonitorCallback(_base()):  # type: ignore[misc]
     """Watch what a submodule returns in training, log its report, and warn of collapse in words.
 
-    A forward hook on the submodule keeps its results of a training batch; at the end of the batch
-    an :class:`EmbeddingMonitor` is given them as views. Results of another shape than the batch's
-    first (the small views of multi-crop) are left out. Every ``every`` batches all scalars of
-    :meth:`EmbeddingReport.as_dict` go to the Trainer's loggers as ``"{prefix}/..."``, at
-    ``trainer.global_step``, whatever ``log_every_n_steps`` is, and to ``trainer.callback_metrics``,
-    for ``EarlyStopping`` and checkpoints. Rank zero warns of each kind of problem once in a run.
+    A forward hook on the submodule copies its results of a training batch; at the end of the batch
+    an :class:`EmbeddingMonitor` is given them as views. Views of another shape than the batch's
+    first are left out: with multi-crop the small crops, if a call takes all crops of a size
+    together. If each crop is a call of its own, all of them count.
+
+    Every ``every`` batches all scalars of :meth:`EmbeddingReport.as_dict` go to the Trainer's
+    loggers as ``"{prefix}/..."``, whatever ``log_every_n_steps`` is. The logged step is
+    ``trainer.global_step``, which counts the steps of all optimizers; Lightning's own rows count
+    batches that stepped, and may be one off. In one process they also go to
+    ``trainer.callback_metrics``, for ``EarlyStopping``, checkpoints and schedulers; over several
+    they do not, as each rank would decide by its own. Rank zero warns of each kind of problem once
+    in a run.
 
     The hook is there during ``fit`` alone, and in what is compiled in it, submodules or whole
     steps. A function that was compiled and run before, around the submodule, does not have it: the
@@ -99,13 +105,15 @@ class EmbeddingMonitorCallback(_base()):  # type: ignore[misc]
         if not seen:
             self._warn(trainer, "not called", "the training step did not call it")
             return
-        scalars = self.monitor.update([z for z in seen if z.shape == seen[0].shape])
+        views = [view for z in seen for view in (z.unbind() if z.dim() == 3 else [z])]
+        scalars = self.monitor.update([z for z in views if z.shape == views[0].shape])
         if scalars is None or self.monitor.report is None:
             return
         named = {f"{self.prefix}/{name}": value for name, value in scalars.items()}
         for logger in trainer.loggers:
             logger.log_metrics(named, step=trainer.global_step)
-        trainer.callback_metrics.update({k: torch.tensor(v) for k, v in named.items()})
+        if trainer.world_size == 1:
+            trainer.callback_metrics.update({k: torch.tensor(v) for k, v in named.items()})
         report = self.monitor.report
         for kind, words in zip(report.problem_kinds, report.problems, strict=True):
             self._warn(trainer, kind, words)
@@ -124,7 +132,8 @@ class EmbeddingMonitorCallback(_base()):  # type: ignore[misc]
                 f"module {self.module!r}: expected its forward to return a tensor of embeddings, "
                 f"got {type(output).__name__}."
             )
-        self._seen.append(output.detach())
+        # What follows may write in place, as nn.ReLU(inplace=True).
+        self._seen.append(output.detach().clone())
 
     def _warn(self, trainer: Any, kind: str, words: str) -> None:
         if kind in self._told:
