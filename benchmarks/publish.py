@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import distributed_model, monitor_cost, record
-from benchmarks.contenders import FIELD, OURS, PUBLISHED
+from benchmarks.contenders import COMPILED, FIELD, OURS, PUBLISHED
 from benchmarks.measure import Row
 from benchmarks.points import AXES, BASES, SWEEPS, Point
 
@@ -94,7 +94,7 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def _fastest_other(point: Point, metric: str = "both_ms") -> Row | None:
-    same = {c.name for c in FIELD[point.loss] if c.same_loss} - {OURS}
+    same = _same_loss(point.loss)
     others = [r for r in _rows_at(point).values() if r.contender in same and not r.absent]
     return min(others, key=lambda r: getattr(r, metric), default=None)
 
@@ -189,45 +189,31 @@ def exponents() -> str:
 
 
 def standing() -> str:
-    """At how many points ours lead, and where they do not."""
-    ours = [r for r in _sweeps()[0] if r.contender == OURS and not r.absent]
-    large = [r for r in ours if r.samples * r.dimensions >= 4096]
+    """At how many points of each loss ours lead, or are within 5 %."""
     lines = []
-    for name, metric in (("forward", "forward_lead"), ("forward and backward", "both_lead")):
-        leads = [(getattr(r, metric), r) for r in large if getattr(r, metric) is not None]
-        behind = sorted(((lead, r.point) for lead, r in leads if lead < 0.95))
-        lines.append(
-            f"- {name}: fastest, or within 5 %, at {len(leads) - len(behind)} of {len(leads)}"
-            " points"
-            + (
-                "; behind at "
-                + ", ".join(f"`{point}` ({lead:.2f}x)" for lead, point in behind)
-                + "."
-                if behind
-                else "."
-            )
-        )
-    more = []
-    for row in large:
-        point = Point(row.loss, row.views, row.samples, row.dimensions, row.slices)
-        other = _fastest_other(point, "peak_mib")
-        if other is not None and row.peak_mib > 1.05 * other.peak_mib + 0.1:
-            more.append(
-                f"`{row.point}` ({_number(row.peak_mib)} against {_number(other.peak_mib)} MiB, "
-                f"{other.contender})"
-            )
-    lines.append(
-        f"- peak memory: the least, or within 5 %, at {len(large) - len(more)} of {len(large)} "
-        "points" + ("; more at " + ", ".join(more) + "." if more else ".")
-    )
-    return "\n".join(lines)
+    for loss in FIELD:
+        ours = [r for r in _sweeps()[0] if (r.loss, r.contender) == (loss, OURS)]
+        large = [r for r in ours if r.samples * r.dimensions >= 4096]
+        cells = [
+            f"{sum(_leads(row, metric, others) for row in large)} / {len(large)}"
+            for metric in record.METRICS
+            for others in (_same_loss(loss) - {COMPILED}, _same_loss(loss))
+        ]
+        lines.append((loss, *cells))
+    columns = ("loss", *(f"{what}, {whom}" for what in ("forward", "and backward", "peak memory")
+                         for whom in ("eager", "and compiled")))  # fmt: skip
+    return _table(columns, lines)
 
 
-def floors() -> str:
-    """Losses of perfect embeddings."""
-    tables = _json("numerics.json")["tables"]["floors"]
-    columns = ("N", "variance of the paper's targets", "VISReg's shape", "SIGReg")
-    return _table(columns, tables["rows"])
+def _same_loss(loss: str) -> set[str]:
+    return {c.name for c in FIELD[loss] if c.same_loss} - {OURS}
+
+
+def _leads(ours: Row, metric: str, others: set[str]) -> bool:
+    """Whether ours costs least, or at most 5 % more than the least of those that ran."""
+    rows = [r for r in _sweeps()[0] if r.point == ours.point and r.contender in others]
+    costs = [getattr(row, metric) for row in rows if not row.absent]
+    return getattr(ours, metric) <= 1.05 * min(costs, default=float("inf"))
 
 
 def readme_floors() -> str:
@@ -288,7 +274,6 @@ BLOCKS = {
     "machine": machine,
     "standing": standing,
     "exponents": exponents,
-    "floors": floors,
     "hinge-behind-batch-norm": hinge_behind_batch_norm,
     "recipes": recipes,
     "monitor-cost": lambda: monitor_cost.table(_json("monitor_cost.json")),

@@ -101,7 +101,9 @@ def test_navigation_has_every_page_once() -> None:
     assert sorted(nav) == sorted(inside | outside())
 
 
-@pytest.mark.parametrize("page", [*PAGES, *(ROOT / name for name in outside())], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(ROOT / name for name in sorted(outside()))], ids=name_of
+)
 def test_relative_links_point_to_files(page: Path) -> None:
     for target, _ in LINK.findall(CODE.sub("", page.read_text())):
         if "://" not in target:
