@@ -205,6 +205,20 @@ def standing() -> str:
     return _table(columns, lines)
 
 
+def absent() -> str:
+    """What was not measured, and why."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in _sweeps()[0]:
+        if row.absent:
+            place = row.point.partition("-")[2]
+            found.setdefault((row.loss, row.contender, row.absent), []).append(place)
+    lines = [
+        (loss, who, why, ", ".join(places) if len(places) < 4 else f"{len(places)} points")
+        for (loss, who, why), places in found.items()
+    ]
+    return _table(("loss", "contender", "why", "where"), lines)
+
+
 def _same_loss(loss: str) -> set[str]:
     return {c.name for c in FIELD[loss] if c.same_loss} - {OURS}
 
@@ -273,6 +287,7 @@ BLOCKS = {
     "readme-floors": readme_floors,
     "machine": machine,
     "standing": standing,
+    "absent": absent,
     "exponents": exponents,
     "hinge-behind-batch-norm": hinge_behind_batch_norm,
     "recipes": recipes,

@@ -1,4 +1,4 @@
-"""Fused Triton kernels of vicreg_losses; none in this version.
+"""Fused Triton kernels of vicreg_losses.
 
 The folder is installed as ``vicreg_losses.kernels``. The top-level import name ``kernels`` belongs
 to another package, so it is refused here.

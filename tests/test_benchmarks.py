@@ -54,6 +54,7 @@ CONTENDERS = [(loss, c) for loss, field in FIELD.items() for c in field if c.nam
 )
 def test_contenders_are_what_they_claim(loss: str, contender: Contender) -> None:
     point = SMALL[loss]
+    point = dataclasses.replace(point, views=max(contender.views, 0) or point.views)
     if contender.absence(point):
         pytest.skip(f"{contender.name}: {contender.absence(point)}")
     found = measure.errors(point, {contender.name: contender.build(point)})[contender.name]
