@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import distributed_model, monitor_cost, record
 from benchmarks.contenders import COMPILED, FIELD, OURS, PUBLISHED
 from benchmarks.measure import Row
-from benchmarks.points import AXES, BASES, SWEEPS, Point
+from benchmarks.points import AXES, BASES, SHAPES, SWEEPS, Point
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,17 +25,6 @@ PAGES = ("README.md", "docs/**/*.md")
 BLOCK = re.compile(
     r"(?P<begin>^ *<!-- figures: (?P<name>[\w-]+) -->\n).*?(?P<end>^ *<!-- /figures -->$)",
     re.MULTILINE | re.DOTALL,
-)
-README_POINTS = (
-    Point("covariance", 1, 256, 8192),
-    Point("covariance", 1, 2048, 8192),
-    Point("covariance", 1, 1024, 2048),
-    Point("covariance", 1, 4096, 256),
-    Point("covariance", 1, 64, 64),
-    Point("vicreg", 2, 1024, 2048),
-    Point("visreg", 2, 1024, 256, 1024),
-    Point("sigreg", 1, 2048, 256, 256),
-    Point("sigreg", 2, 1024, 256, 1024),
 )
 
 
@@ -102,7 +91,7 @@ def _fastest_other(point: Point, metric: str = "both_ms") -> Row | None:
 def readme_speed() -> str:
     """Published formula, fastest other and ours at shapes of trainings."""
     lines = []
-    for point in README_POINTS:
+    for point in SHAPES:
         rows = _rows_at(point)
         ours, formula, other = rows[OURS], rows[PUBLISHED], _fastest_other(point)
         assert other is not None

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 import oracles
 import pytest
 import torch
+from needed import needs
 from torch import Tensor
 
 from benchmarks import __main__ as command
@@ -187,7 +187,7 @@ def test_ours_that_did_not_run_is_a_failure() -> None:
     ]
 
 
-@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
+@needs("matplotlib")[0]
 @pytest.mark.parametrize("option", ["--out", "--threads"])
 def test_bad_values(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
@@ -219,7 +219,7 @@ def test_bad_arguments(arguments: list[str]) -> None:
         command.main(arguments)
 
 
-@pytest.mark.skipif(not find_spec("matplotlib"), reason="needs matplotlib")
+@needs("matplotlib")[0]
 def test_charts(tmp_path: Path) -> None:
     from benchmarks import charts
 

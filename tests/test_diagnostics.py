@@ -269,6 +269,7 @@ def test_report_is_plottable(tmp_path: Path) -> None:
     assert (tmp_path / "report.png").stat().st_size > 1000
 
 
+# Likewise.
 @NEEDS_MATPLOTLIB
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("z", [torch.zeros(4, 3), torch.full((4, 3), math.nan), normal(2, 1)])

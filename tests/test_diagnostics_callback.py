@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 @pytest.fixture
 def callback() -> Any:
-    module = pytest.importorskip("vicreg_losses.lightning", exc_type=ImportError)
+    module = pytest.importorskip(
+        "vicreg_losses.lightning",
+        reason="neither lightning nor pytorch-lightning is installed",
+        exc_type=ImportError,
+    )
     return module.EmbeddingMonitorCallback
 
 

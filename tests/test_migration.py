@@ -58,13 +58,16 @@ def views_of(loss: nn.Module, num_global: int) -> Callable[[Tensor], Tensor]:
     return with_their_draw(lambda z: loss(global_proj=z[:num_global], local_proj=z[num_global:]))
 
 
+vicreg_options = pytest.mark.parametrize(
+    ("weights", "eps"), [((25.0, 25.0, 1.0), 1e-4), ((3.0, 7.0, 0.5), 1e-2)]
+)
+
+
 class TestLightly:
     pytestmark = needs_lightly
 
     @pytest.mark.parametrize("shape", TWO_VIEWS, ids=str)
-    @pytest.mark.parametrize(
-        ("weights", "eps"), [((25.0, 25.0, 1.0), 1e-4), ((3.0, 7.0, 0.5), 1e-2)]
-    )
+    @vicreg_options
     def test_vicreg(
         self, shape: tuple[int, ...], weights: tuple[float, float, float], eps: float
     ) -> None:
@@ -196,9 +199,7 @@ class TestMetricLearning:
     pytestmark = needs_metric_learning
 
     @pytest.mark.parametrize("shape", TWO_VIEWS, ids=str)
-    @pytest.mark.parametrize(
-        ("weights", "eps"), [((25.0, 25.0, 1.0), 1e-4), ((3.0, 7.0, 0.5), 1e-2)]
-    )
+    @vicreg_options
     def test_vicreg(
         self, shape: tuple[int, ...], weights: tuple[float, float, float], eps: float
     ) -> None:
@@ -264,7 +265,7 @@ def arguments(of: Any) -> set[str]:
 
 @pytest.mark.parametrize("name", ["VICRegLoss", "SIGReg", "LeJEPALoss", "VISRegLoss"])
 def test_page_names_every_argument_of_lightly(name: str) -> None:
-    lejepa = pytest.importorskip("lightly.loss.lejepa_loss")
+    lejepa = pytest.importorskip("lightly.loss.lejepa_loss", reason="lightly is not installed")
     import lightly.loss
 
     theirs = lejepa.SIGReg if name == "SIGReg" else getattr(lightly.loss, name)
@@ -273,7 +274,9 @@ def test_page_names_every_argument_of_lightly(name: str) -> None:
 
 
 def test_page_names_every_argument_of_metric_learning() -> None:
-    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    losses = pytest.importorskip(
+        "pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed"
+    )
     text = (PAGES / "pytorch-metric-learning.md").read_text()
     found = arguments(losses.VICRegLoss) - {"kwargs"}
     assert not {word for word in found if not re.search(rf"\b{word}\b", text)}
