@@ -24,7 +24,8 @@ ARROWS: dict[str, set[str]] = {
     "_request": set(),
     "_epps_pulley": {"_parallel", "_torch"},
     "_deviations": {"_request", "_torch"},
-    "_evaluate": {"_request", *PRIMITIVES},
+    "_fusible": {"_epps_pulley", "_torch"},
+    "_evaluate": {"_request", "_fusible", *PRIMITIVES},
     "_fused": {"_request", "_epps_pulley", "_torch", "kernels"},
     "_collectives": {"_compat"},
     "_moments": {"_collectives", "_torch"},
@@ -61,7 +62,7 @@ ARROWS: dict[str, set[str]] = {
         "_slices",
         "kernels",
     },
-    "_opaque": {"_collectives", "_compat", "_request", "_dispatch"},
+    "_opaque": {"_collectives", "_compat", "_request", "_dispatch", "_torch"},
     "_ops": {
         "_compat",
         "_opaque",

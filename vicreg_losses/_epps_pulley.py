@@ -41,16 +41,17 @@ def knot_table(knots: int, t_max: float, like: Tensor) -> Tensor:
     if like.device.type == "cpu":
         table = torch.from_numpy(_knot_table_on_cpu(knots, t_max))
     else:
-        table = _wide_knot_table(knots, t_max, wide(like), like.device)
+        table = wide_knot_table(knots, t_max, wide(like), like.device)
     return table.to(like.dtype)
 
 
 @functools.lru_cache(maxsize=16)
 def _knot_table_on_cpu(knots: int, t_max: float) -> NDArray[np.float64]:
-    return _wide_knot_table(knots, t_max, torch.float64, torch.device("cpu")).numpy()
+    return wide_knot_table(knots, t_max, torch.float64, torch.device("cpu")).numpy()
 
 
-def _wide_knot_table(knots: int, t_max: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def wide_knot_table(knots: int, t_max: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """:func:`knot_table` anew, in a dtype."""
     dt = t_max / (knots - 1)
     t = torch.arange(1, knots, dtype=dtype, device=device) * dt
     target = torch.exp(-0.5 * t.square())
@@ -91,12 +92,12 @@ def _epps_pulley_in_numpy_(p: Tensor, table: Tensor, keep_gradient: bool) -> Ten
         some = means[begin:end]
         np.divide(sums(), samples, out=some)
         if keep_gradient:
-            _, a, b = _terms(some.real, some.imag, knots, samples)
+            _, a, b = terms(some.real, some.imag, knots, samples)
             _combine(waves, a, b, values[begin:end])
 
     _for_each_wave_block(p, table, finish)
     with np.errstate(all="ignore"):  # all at once, so with the same bits whatever is kept
-        return torch.from_numpy(_terms(means.real, means.imag, knots, samples)[0])
+        return torch.from_numpy(terms(means.real, means.imag, knots, samples)[0])
 
 
 def wave_sums(p: Tensor, table: Tensor) -> Tensor:
@@ -136,21 +137,21 @@ def epps_pulley_from_means(
 ) -> tuple[Tensor, Tensor]:
     """Statistic (k,) and coefficients (k, 1, 2 J) of the waves in its gradient."""
     cosine, sine = means.unflatten(1, (2, -1)).unbind(1)
-    value, *coefficients = _terms(cosine, sine, table, samples)
+    value, *coefficients = terms(cosine, sine, table, samples)
     return value, torch.cat(coefficients, 1).unsqueeze(1)
 
 
-def _terms(
+def terms(
     cosine: Array, sine: Array, table: Array, samples: int | Tensor
 ) -> tuple[Array, Array, Array]:
-    """Statistic (k,), and coefficients (k, J) of the cosines and of the sines in its gradient.
+    """Statistic (...), and coefficients (..., J) of the cosines and the sines in its gradient.
 
     With c, s the means of ``cos(t p)`` and ``sin(t p)``: ``T = N sum_t w [(c - phi)^2 + s^2]``, so
     ``dT/dp_i = 2 sum_t w t [s cos(t p_i) - (c - phi) sin(t p_i)]``.
     """
     t, target, weight = table
     excess = cosine - target
-    value = samples * ((excess * excess + sine * sine) * weight).sum(1)
+    value = samples * ((excess * excess + sine * sine) * weight).sum(-1)
     scale = 2 * weight * t
     return value, sine * scale, -excess * scale
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _torch as primitives
 from ._epps_pulley import epps_pulley_, knot_table
+from ._fusible import epps_pulley_sketch
 from ._request import Request, batch_shape, computing_dtype, uses_gram
 
 SIGMA_EPS = 1e-6  # VISReg adds it to the standard deviation, in the scale and in the shape term
@@ -60,7 +61,10 @@ def _evaluate(
         energy, inner = primitives.covariance_energy(centered, squares, gram)
         values.append(energy.mul_(1 / (views_count * dimensions * (samples - 1) ** 2)).to(z.dtype))
         residue += squares, inner
-    if epps_pulley:
+    if epps_pulley and torch.compiler.is_compiling():
+        assert directions is not None
+        value, slope = epps_pulley_sketch(z, directions, request.knots, request.t_max, keep)
+    elif epps_pulley:
         assert directions is not None
         table = knot_table(request.knots, request.t_max, z)
         value, slope = primitives.sketch(

@@ -1,8 +1,9 @@
-"""The regularizers as opaque operators, for compiled code and for tensors without data.
+"""The regularizers in compiled code, and for tensors without data.
 
 Eager code goes straight to :mod:`._evaluate`: the operator's dispatch would double the cost of a
-small call. Under ``torch.compile`` an operator keeps numpy and host decisions out of the graph, and
-for fake and meta tensors it knows the shapes.
+small call. Under ``torch.compile`` what consists of plain operations is left to the compiler, which
+fuses them; an opaque operator keeps numpy, kernels, collectives and host decisions out of the
+graph, and for fake and meta tensors it knows the shapes.
 """
 
 import itertools
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from . import _collectives, _compat, _dispatch
 from ._dispatch import backend
-from ._request import Request, computing_dtype
+from ._request import Request, batch_shape, computing_dtype, uses_gram
+from ._torch import CHUNK, may_be_dominated
 
 _calls = itertools.count()
 
@@ -29,6 +31,11 @@ def evaluate(
             with _compat.outside_transforms():
                 return backend(request).evaluate(request, views, directions, keep)
         return backend(request).evaluate(request, views, directions, keep)
+    if torch.compiler.is_compiling() and _fuses(request, batch_shape(views), views[0]):
+        first, *rest = backend(request).evaluate(request, views, directions, keep)
+        if request.gathers:
+            first = first + same_world(first, request)
+        return [first, *rest]
     return _evaluate_op(list(views), directions, keep, *request)
 
 
@@ -48,6 +55,8 @@ def gradient(
             with _compat.outside_transforms():
                 finish = backend(request).gradient
                 return finish(request, shape, values, residue, upstream, views, dtype)
+        return backend(request).gradient(request, shape, values, residue, upstream, views, dtype)
+    if torch.compiler.is_compiling() and _fuses(request, shape, values[0]):
         return backend(request).gradient(request, shape, values, residue, upstream, views, dtype)
     asked = [g is not None for g in upstream]
     present = [g for g in upstream if g is not None]
@@ -84,9 +93,24 @@ def _needs_memory(request: Request) -> bool:
     return request.impl == "triton" or request.world > 1
 
 
+def _fuses(request: Request, shape: tuple[int, int, int], like: Tensor) -> bool:
+    """Whether a compiler gets the plain operations of a request.
+
+    Not the CPU's sort, which is numpy's; nor the Gram form where float32 asks a CPU whether the
+    diagonal dominates; nor a sketch whose projections are to be taken some at a time.
+    """
+    if _needs_memory(request) or request.sketch == "wasserstein":
+        return False
+    views, samples, dimensions = shape
+    if request.covariance and uses_gram(request, samples, dimensions):
+        return not may_be_dominated(like)
+    return views * samples * request.slices <= CHUNK
+
+
 def same_world(like: Tensor, request: Request) -> Tensor:
     """A zero, 0-dim, that compiled code adds to a value, so as to check the number of ranks."""
-    return _same_world_op(like, request.group, request.world)
+    zero: Tensor = torch.ops.vicreg_losses.same_world(like, request.group, request.world)
+    return zero
 
 
 def _plain(tensors: Sequence[Any]) -> list[Any]:
@@ -218,15 +242,18 @@ def _() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("vicreg_losses::same_world", mutates_args=())
-def _same_world_op(like: Tensor, group: str, world: int) -> Tensor:
-    _collectives.require_world(group, world)
+# The plainest way to define an operator: it costs half of what ``custom_op`` does.
+_library = torch.library.Library("vicreg_losses", "FRAGMENT")
+_library.define("same_world(Tensor like, str group, SymInt world) -> Tensor")
+
+
+def _check_world(like: Tensor, group: str, world: int) -> Tensor:
+    if not like.is_meta:
+        _collectives.require_world(group, world)
     return like.new_zeros(())
 
 
-@_same_world_op.register_fake
-def _(like: Tensor, group: str, world: int) -> Tensor:
-    return like.new_empty(())
+_library.impl("same_world", _check_world, "CompositeExplicitAutograd")
 
 
 for _name in ("evaluate", "same_world"):

@@ -145,7 +145,7 @@ def _symmetric_product(left: Tensor, zero_diagonal: bool) -> tuple[Tensor, Tenso
     if blocks < 2:
         inner = torch.bmm(left, left.mT)
         if zero_diagonal:
-            inner.diagonal(dim1=1, dim2=2).zero_()
+            _zero_diagonal_(inner)
         return inner, energy(inner)
     inner = left.new_empty(left.shape[0], size, size)
     total = torch.zeros((), dtype=wide(left), device=left.device)
@@ -153,7 +153,7 @@ def _symmetric_product(left: Tensor, zero_diagonal: bool) -> tuple[Tensor, Tenso
         begin, end = size * i // blocks, size * (i + 1) // blocks
         square = torch.bmm(left[:, begin:end], left[:, begin:end].mT)
         if zero_diagonal:
-            square.diagonal(dim1=1, dim2=2).zero_()
+            _zero_diagonal_(square)
         inner[:, begin:end, begin:end] = square
         total += energy(square)
         if begin:
@@ -162,6 +162,13 @@ def _symmetric_product(left: Tensor, zero_diagonal: bool) -> tuple[Tensor, Tenso
             inner[:, :begin, begin:end] = below.mT
             total += 2 * energy(below)
     return inner, total
+
+
+def _zero_diagonal_(square: Tensor) -> None:
+    if torch.compiler.is_compiling():  # as a mask, which a compiler fuses
+        square.masked_fill_(torch.eye(square.shape[1], dtype=torch.bool, device=square.device), 0)
+    else:
+        square.diagonal(dim1=1, dim2=2).zero_()
 
 
 def quantiles(samples: int, rule: str, like: Tensor) -> Tensor:

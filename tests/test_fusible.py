@@ -1,0 +1,138 @@
+"""What compiled code is given as plain operations: the same losses, with nothing opaque in it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import oracles
+import pytest
+import torch
+import torch._inductor.config
+from functorch.compile import make_boxed_func
+from oracles import Loss, Term, error, float32_errors, truth, value_and_grad
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+
+from vicreg_losses import SlicedSketchLoss, VarianceLoss, VICRegLoss, _opaque, functional
+
+# As in test_values: two float64 orders of evaluation, and terms that vanish.
+FLOAT64 = 1e-10
+VANISHING = 1e-3
+# Half an ulp of float32.
+U = 2.0**-24
+
+FUSED = [term for term in oracles.ALL_TERMS if term.name not in ("wasserstein", "exact")]
+FUSED = [term for term in FUSED if term.options.get("statistic") != "wasserstein"]
+TERMS = {str(term): term for term in FUSED}
+each_term = pytest.mark.parametrize("name", TERMS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(compile_threads=1):
+        yield
+    torch._dynamo.reset()
+
+
+def compiled(loss: Loss, backend: str = "aot_eager") -> Loss:
+    return torch.compile(loss, backend=backend, fullgraph=True)
+
+
+def library(term: Term, z: Tensor) -> Loss:
+    """The public function; a compiler may not draw the directions."""
+    options = dict(term.options)
+    if term.sketch:
+        options["directions"] = oracles.unit_directions(z.shape[-1], 13).to(z.dtype)
+    return lambda z: getattr(functional, term.function)(z, **options)
+
+
+def operators(loss: Loss, z: Tensor) -> set[str]:
+    """Names of the library's operators that compiled code of value and gradient calls."""
+    found: set[str] = set()
+
+    def collect(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        found.update(
+            node.target.name()  # type: ignore[union-attr]
+            for node in graph.graph.nodes
+            if str(node.target).startswith("vicreg_losses.")
+        )
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=collect)
+    value_and_grad(torch.compile(loss, backend=backend, fullgraph=True), z)
+    return {name.removeprefix("vicreg_losses::") for name in found}
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 5), (2, 5, 16), (3, 33, 20), (2, 129, 7)], ids=str)
+@each_term
+def test_float64(name: str, shape: tuple[int, int, int]) -> None:
+    term = TERMS[name]
+    v, n, d = shape
+    z = oracles.embeddings(max(v, term.min_views), n, d, seed=n)
+    value, gradient = value_and_grad(compiled(library(term, z)), z)
+    true_value, true_gradient = truth(term.oracle(), z)
+    assert error(value, true_value, VANISHING) <= FLOAT64
+    assert error(gradient, true_gradient, VANISHING) <= FLOAT64
+
+
+@pytest.mark.parametrize("knots", [2, 3, 4, 5, 6, 9, 18, 40, 66])
+def test_every_number_of_knots(knots: int) -> None:
+    """The harmonics are products of earlier ones, in a pattern of their number."""
+    term = oracles.sketch_term("epps_pulley", "epps_pulley", knots=knots, t_max=4.0)
+    z = oracles.embeddings(2, 12, 6)
+    value, gradient = value_and_grad(compiled(library(term, z)), z)
+    true_value, true_gradient = truth(term.oracle(), z)
+    assert error(value, true_value) <= FLOAT64
+    assert error(gradient, true_gradient) <= FLOAT64
+
+
+@pytest.mark.parametrize("name", ["variance-hinge", "covariance-auto", "epps_pulley"])
+def test_inductor_is_as_good_as_plain(name: str) -> None:
+    """Twice plain PyTorch's float32 error and four roundings of the result, as for eager code."""
+    term, z = TERMS[name], oracles.embeddings(2, 257, 31, dtype=torch.float32)
+    value, gradient = value_and_grad(compiled(library(term, z), "inductor"), z)
+    true_value, true_gradient = truth(term.oracle(), z)
+    plain_value, plain_gradient = float32_errors(term.oracle(), z)
+    assert error(value, true_value) <= 2 * plain_value + 4 * U
+    assert error(gradient, true_gradient) <= 2 * plain_gradient + 4 * U
+
+
+def test_inductor_keeps_a_large_offset_apart() -> None:
+    """A constant column has no variance and no gradient; the others have those of no offset.
+
+    At an offset of 2^20 the numbers are multiples of 1/8: so are those without it.
+    """
+    z = (8 * oracles.embeddings(1, 300, 6)).round() / 8
+    z[..., 0] = 0.125
+    loss = compiled(VarianceLoss(form="squared"), "inductor")
+    value, gradient = value_and_grad(loss, (z + 2.0**20).float())
+    true_value, true_gradient = truth(VarianceLoss(form="squared"), z)
+    assert gradient[..., 0].count_nonzero() == 0
+    assert error(value, true_value) <= 16 * U
+    assert error(gradient, true_gradient) <= 16 * U
+
+
+def test_compilers_see_no_opaque_operator_where_operations_are_plain() -> None:
+    z = oracles.embeddings(2, 9, 6, dtype=torch.float32)
+    directions = oracles.unit_directions(6, 5)
+    epps_pulley = SlicedSketchLoss(statistic="epps_pulley", directions=directions)
+    for loss in (VarianceLoss(), VICRegLoss(), epps_pulley):
+        assert operators(loss, z) == {"same_world"}
+    assert operators(VarianceLoss(gather_distributed=False), z) == set()
+
+
+@pytest.mark.parametrize("case", ["gram", "sort", "many projections"])
+def test_the_rest_is_opaque(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = oracles.embeddings(2, 9, 6, dtype=torch.float32)
+    directions = oracles.unit_directions(6, 5)
+    if case == "gram":
+        loss: Loss = lambda z: functional.covariance_loss(z, strategy="gram")  # noqa: E731
+    else:
+        statistic = {"sort": "wasserstein", "many projections": "epps_pulley"}[case]
+        loss = SlicedSketchLoss(statistic=statistic, directions=directions)
+        monkeypatch.setattr(_opaque, "CHUNK", 2 * 9 * 5 - 1)
+    assert operators(loss, z) == {"evaluate", "gradient"}
+    value, gradient = value_and_grad(compiled(loss), z)
+    eager_value, eager_gradient = value_and_grad(loss, z)
+    assert error(value, eager_value) <= 4 * U
+    assert error(gradient, eager_gradient) <= 4 * U
