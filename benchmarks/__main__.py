@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import measure, record
-from benchmarks.contenders import COMPILED, FIELD, OURS
+from benchmarks.contenders import ALL_OURS, FIELD
 from benchmarks.measure import Row
 from benchmarks.points import QUICK, every
 
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for package, found in about["versions"].items():
         if found == "not installed":
             console.print(f"{package} is not installed: left out", highlight=False)
-    left_out = {COMPILED: "left out by --quick"} if options.quick else {}
+    compiled = {c.name for contenders in FIELD.values() for c in contenders if c.compiled}
+    left_out = dict.fromkeys(compiled if options.quick else (), "left out by --quick")
     seconds = options.seconds or (1.0 if options.quick else 2.0)
     rows: list[Row] = []
     with Progress(console=console, transient=True) as progress:
@@ -125,14 +126,15 @@ def _table(loss: str, rows: Sequence[Row]) -> Table:
     for point in dict.fromkeys(row.point for row in rows):
         table.add_section()
         here = [row for row in rows if row.point == point]
-        ours = next(row for row in here if row.contender == OURS)
         table.add_row(f"[bold]{point.partition('-')[2]}")
         for row in here:
             if not row.absent:
                 table.add_row(*_cells(row))
-        leads = _times(ours.forward_lead), _times(ours.both_lead)
-        if all(leads):
-            table.add_row(" best other / ours", "", leads[0], "", leads[1], style="dim")
+        for row in here:
+            leads = _times(row.forward_lead), _times(row.both_lead)
+            if row.contender in ALL_OURS and all(leads):
+                name = f" best other / {row.contender}"
+                table.add_row(name, "", leads[0], "", leads[1], style="dim")
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.absent:

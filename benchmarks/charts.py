@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from benchmarks.contenders import FIELD, OURS
+from benchmarks.contenders import ALL_OURS, FIELD, OURS, OURS_COMPILED
 from benchmarks.measure import Row
 from benchmarks.points import AXES, BASES, SWEEPS
 from benchmarks.record import curve
@@ -30,6 +30,7 @@ METRICS = {
 }
 COLORS = {
     OURS: "#d1495b",
+    OURS_COMPILED: "#f2a0a9",
     "published": "#30343f",
     "compiled": "#6b7a8f",
     "lightly": "#2e86ab",
@@ -39,6 +40,7 @@ COLORS = {
 }
 LABELS = {
     OURS: "vicreg-losses",
+    OURS_COMPILED: "vicreg-losses, torch.compile",
     "published": "published formula",
     "compiled": "published, torch.compile",
     "lightly Barlow Twins": "Barlow Twins (lightly)",
@@ -106,7 +108,7 @@ def _panel(ax: Axes, rows: Sequence[Row], loss: str, axis: str, metric: str) -> 
         pairs = [(x, y) for x, y in pairs if y]
         if not pairs:
             continue
-        ours = contender.name == OURS
+        ours = contender.name in ALL_OURS
         ax.plot(
             *zip(*pairs, strict=True),
             marker="o",
@@ -133,7 +135,7 @@ def _legend(grid: Any) -> tuple[list[Any], list[str]]:
     for ax in grid.flat:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    first = [LABELS[OURS]] if LABELS[OURS] in found else []
+    first = [LABELS[name] for name in ALL_OURS if LABELS[name] in found]
     labels = first + [label for label in reversed(list(found)) if label not in first]
     return [found[label] for label in labels], labels
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import truth
-from benchmarks.contenders import COMPILED, FIELD, OURS, PUBLISHED, Contender, Loss
+from benchmarks.contenders import ALL_OURS, FIELD, PUBLISHED, Contender, Loss
 from benchmarks.points import Point
 
 MEMORY_SHARE = 0.6  # of what is available: what needs more is left out by name
@@ -150,7 +150,7 @@ def _peak_mib_here(point: Point, name: str, threads: int) -> float:
     loss = _contender(point, name).build(point)
     views = point.embeddings()
     peak, seconds = _peak_mib(loss, views)
-    if name == COMPILED or seconds <= LONG_SECONDS:
+    if _contender(point, name).compiled or seconds <= LONG_SECONDS:
         peak, seconds = _peak_mib(loss, views)
     if seconds > SLOWEST_SECONDS:
         raise TimeoutError(f"a step takes {seconds:.0f} s")
@@ -177,7 +177,7 @@ def _turns_here(
     found = errors(point, losses)
     views = point.embeddings()
     for kind, call in (("forward", forward), ("both", step)):
-        times = _turns(call, losses, views, seconds / 2)
+        times = _turns(point, call, losses, views, seconds / 2)
         for name in names:
             figures = _summary(point, name, times)
             found[name] |= {f"{kind}_{key}": value for key, value in figures.items()}
@@ -186,14 +186,16 @@ def _turns_here(
 
 
 def _turns(
+    point: Point,
     call: Callable[[Loss, Sequence[Tensor]], None],
     losses: dict[str, Loss],
     views: Sequence[Tensor],
     seconds: float,
 ) -> dict[str, list[float]]:
     names = list(losses)
-    if COMPILED in losses:
-        call(losses[COMPILED], views)  # compiles; the others are warm from the errors
+    for name in names:
+        if _contender(point, name).compiled:
+            call(losses[name], views)  # compiles; the others are warm from the errors
     once = {name: _timed(call, losses[name], views) for name in names}
     if sum(once.values()) > 2 * seconds:
         return {name: [once[name]] for name in names}
@@ -210,7 +212,7 @@ def _turns(
 
 def _summary(point: Point, name: str, times: dict[str, list[float]]) -> dict[str, float | None]:
     others = [c.name for c in FIELD[point.loss] if c.same_loss and c.name in times]
-    others = [other for other in others if other != name]
+    others = [other for other in others if other not in ALL_OURS]
     lead = min((_ratios(times[other], times[name])[1] for other in others), default=None)
     low, ratio, high = None, None, None
     if PUBLISHED in times:
@@ -220,7 +222,7 @@ def _summary(point: Point, name: str, times: dict[str, list[float]]) -> dict[str
         "low": low,
         "ratio": ratio,
         "high": high,
-        "lead": lead if name == OURS else None,
+        "lead": lead if name in ALL_OURS else None,
     }
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import distributed_model, monitor_cost, record
-from benchmarks.contenders import COMPILED, FIELD, OURS, PUBLISHED
+from benchmarks.contenders import ALL_OURS, FIELD, OURS, OURS_COMPILED, PUBLISHED
 from benchmarks.measure import Row
-from benchmarks.points import AXES, BASES, SHAPES, SWEEPS, Point
+from benchmarks.points import AXES, BASES, SHAPES, SWEEPS, Point, every
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -82,10 +82,19 @@ def _number(value: float | None, unit: str = "") -> str:
     return text + unit
 
 
-def _fastest_other(point: Point, metric: str = "both_ms") -> Row | None:
-    same = _same_loss(point.loss)
-    others = [r for r in _rows_at(point).values() if r.contender in same and not r.absent]
-    return min(others, key=lambda r: getattr(r, metric), default=None)
+def _others(loss: str) -> set[str]:
+    return {c.name for c in FIELD[loss] if c.same_loss} - set(ALL_OURS)
+
+
+def _least(point: Point, metric: str, names: Iterable[str]) -> Row | None:
+    """The row with the least time or memory among some contenders that ran."""
+    rows = [r for r in _rows_at(point).values() if r.contender in names and not r.absent]
+    return min(rows, key=lambda r: getattr(r, metric), default=None)
+
+
+def _short(row: Row | None, metric: str, unit: str = "") -> str:
+    """A figure and whose it is."""
+    return f"{_number(getattr(row, metric), unit)} ({row.contender})" if row else "none runs"
 
 
 def readme_speed() -> str:
@@ -93,8 +102,7 @@ def readme_speed() -> str:
     lines = []
     for point in SHAPES:
         rows = _rows_at(point)
-        ours, formula, other = rows[OURS], rows[PUBLISHED], _fastest_other(point)
-        assert other is not None
+        ours, compiled, formula = rows[OURS], rows[OURS_COMPILED], rows[PUBLISHED]
         lines.append(
             (
                 {"sigreg": "SIGReg", "visreg": "VISReg", "vicreg": "VICReg"}.get(
@@ -104,11 +112,13 @@ def readme_speed() -> str:
                 f"{_number(formula.both_ms)} ms",
                 f"{_number(ours.both_ms)} ms",
                 _number(ours.both_ratio, "x"),
-                f"{other.contender}, {_number(ours.both_lead, 'x')}",
+                f"{_number(compiled.both_ms)} ms",
+                _short(_least(point, "both_ms", _others(point.loss)), "both_ms", " ms"),
                 f"{_number(formula.peak_mib)} / {_number(ours.peak_mib)} MiB",
             )
         )
-    columns = ("loss", "(V, N, D), slices", "published", "ours", "ratio", "best other", "peak")
+    columns = ("loss", "(V, N, D), slices", "published", "ours", "ratio", "ours, compiled",
+               "best other", "peak")  # fmt: skip
     return _table(columns, lines)
 
 
@@ -131,32 +141,22 @@ def _sweep_table(loss: str) -> str:
         lines = []
         for row in points:
             point = Point(row.loss, row.views, row.samples, row.dimensions, row.slices)
-            forward, both = _fastest_other(point, "forward_ms"), _fastest_other(point)
-            least = _fastest_other(point, "peak_mib")
-            lines.append(
-                (
-                    _size(getattr(row, axis)),
-                    _number(row.forward_ms),
-                    _versus(row.forward_lead, forward),
-                    _number(row.both_ms),
-                    _versus(row.both_lead, both),
-                    _number(row.peak_mib),
-                    _number(least.peak_mib) + f" ({least.contender})" if least else "none runs",
-                    f"{row.gradient_error:.0e}",
-                )
-            )
-        columns = (AXES[axis], "forward ms", "best other", "and backward ms", "best other",
-                   "peak MiB", "least other", "gradient error")  # fmt: skip
+            compiled = _rows_at(point)[OURS_COMPILED]
+            cells = [_size(getattr(row, axis))]
+            for metric in record.METRICS:
+                cells += [
+                    _number(getattr(row, metric)),
+                    "" if compiled.absent else _number(getattr(compiled, metric)),
+                    _short(_least(point, metric, _others(row.loss)), metric),
+                ]
+            lines.append((*cells, f"{row.gradient_error:.0e}"))
+        whose = ("compiled", "best other")
+        columns = (AXES[axis], "forward ms", *whose, "and backward ms", *whose, "peak MiB", *whose,
+                   "gradient error")  # fmt: skip
         parts.append(_table(columns, lines))
     slices = f", K = {base.slices}" if base.slices else ""
     fixed = f"Elsewhere V = {base.views}, N = {base.samples}, D = {base.dimensions}{slices}."
     return fixed + "\n\n" + "\n\n".join(parts)
-
-
-def _versus(lead: float | None, other: Row | None) -> str:
-    if lead is None or other is None:
-        return "none runs"
-    return f"{_number(lead)}x ({other.contender})"
 
 
 def exponents() -> str:
@@ -181,16 +181,22 @@ def standing() -> str:
     """At how many points of each loss ours lead, or are within 5 %."""
     lines = []
     for loss in FIELD:
-        ours = [r for r in _sweeps()[0] if (r.loss, r.contender) == (loss, OURS)]
-        large = [r for r in ours if r.samples * r.dimensions >= 4096]
+        eager = {c.name for c in FIELD[loss] if not c.compiled}
+        matches = (  # who of ours, against whom
+            ({OURS}, _others(loss) & eager),
+            (set(ALL_OURS), _others(loss)),
+            ({OURS}, _others(loss)),
+        )
+        points = [p for p in every() if p.loss == loss and p.samples * p.dimensions >= 4096]
         cells = [
-            f"{sum(_leads(row, metric, others) for row in large)} / {len(large)}"
+            f"{sum(_leads(point, metric, *match) for point in points)} / {len(points)}"
             for metric in record.METRICS
-            for others in (_same_loss(loss) - {COMPILED}, _same_loss(loss))
+            for match in matches
         ]
         lines.append((loss, *cells))
-    columns = ("loss", *(f"{what}, {whom}" for what in ("forward", "and backward", "peak memory")
-                         for whom in ("eager", "and compiled")))  # fmt: skip
+    columns = ("loss", *(f"{what}: {match}"
+                         for what in ("forward", "and backward", "peak memory")
+                         for match in ("eager", "compiled too", "ours eager")))  # fmt: skip
     return _table(columns, lines)
 
 
@@ -208,15 +214,11 @@ def absent() -> str:
     return _table(("loss", "contender", "why", "where"), lines)
 
 
-def _same_loss(loss: str) -> set[str]:
-    return {c.name for c in FIELD[loss] if c.same_loss} - {OURS}
-
-
-def _leads(ours: Row, metric: str, others: set[str]) -> bool:
-    """Whether ours costs least, or at most 5 % more than the least of those that ran."""
-    rows = [r for r in _sweeps()[0] if r.point == ours.point and r.contender in others]
-    costs = [getattr(row, metric) for row in rows if not row.absent]
-    return getattr(ours, metric) <= 1.05 * min(costs, default=float("inf"))
+def _leads(point: Point, metric: str, ours: set[str], others: set[str]) -> bool:
+    """Whether the least of ours is the least of all, or at most 5 % more."""
+    mine, least = _least(point, metric, ours), _least(point, metric, others)
+    assert mine is not None
+    return least is None or getattr(mine, metric) <= 1.05 * getattr(least, metric)
 
 
 def readme_floors() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import OURS, PUBLISHED
+from benchmarks.contenders import ALL_OURS, OURS, PUBLISHED
 from benchmarks.measure import Row
 from benchmarks.points import BASES, SWEEPS, along
 
@@ -152,7 +152,7 @@ def failures(rows: Sequence[Row]) -> list[str]:
     formula = {row.point: row for row in rows if row.contender == PUBLISHED and not row.absent}
     found = []
     for row in rows:
-        if row.contender != OURS:
+        if row.contender not in ALL_OURS or (row.absent and row.contender != OURS):
             continue
         if row.absent:
             found.append(f"{row.point}: ours did not run: {row.absent}")
@@ -162,7 +162,8 @@ def failures(rows: Sequence[Row]) -> list[str]:
             other = formula.get(row.point)
             limit = max(1e-6, 2 * getattr(other, name)) if other is not None else 1e-4
             if not mine <= limit:
-                found.append(f"{row.point}: {name} {mine:.2g}, expected at most {limit:.2g}")
+                whose = f"{row.point}: {name} of {row.contender}"
+                found.append(f"{whose} {mine:.2g}, expected at most {limit:.2g}")
     return found
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from benchmarks.contenders import COMPILED, FIELD, Contender
+from benchmarks.contenders import FIELD, Contender
 from benchmarks.measure import forward, step
 from benchmarks.points import QUICK, Point
 
-CASES = [(p, c) for p in QUICK for c in FIELD[p.loss] if c.name != COMPILED]
+CASES = [(p, c) for p in QUICK for c in FIELD[p.loss] if not c.compiled]
 
 
 @pytest.mark.parametrize("call", [forward, step], ids=lambda call: call.__name__)

@@ -225,8 +225,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize(
     "name", ["VarianceLoss", "CovarianceLoss", "wasserstein", "epps_pulley", "VISRegLoss"]
 )
-def test_operators_pass_opcheck(name: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fuses", [True, False])
+def test_operators_pass_opcheck(
+    name: str, layout: str, fuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Schema, autograd registration, fake implementation, and both under dynamic shapes."""
+    if not fuses:
+        monkeypatch.setattr(_opaque, "_fuses", lambda *_: False)
     for n in (9, 4):
         z = LAYOUTS[layout](embeddings(n))
         for operator, arguments in operator_calls(LOSSES[name], z, monkeypatch):
@@ -235,7 +240,8 @@ def test_operators_pass_opcheck(name: str, layout: str, monkeypatch: pytest.Monk
 
 def test_every_registered_operator_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     called = set()
-    for make in (LOSSES["VISRegLoss"], lambda: functional.sliced_sketch_loss):
+    gram = partial(functional.covariance_loss, strategy="gram")
+    for make in (LOSSES["VISRegLoss"], lambda: functional.sliced_sketch_loss, lambda: gram):
         z = embeddings().requires_grad_()
         called |= {func.name() for func, _ in operator_calls(make, z, monkeypatch)}
     registered = torch._C._dispatch_get_all_op_names()

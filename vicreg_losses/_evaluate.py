@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _fusible as fusible
 from . import _torch as primitives
 from ._epps_pulley import epps_pulley_, knot_table
-from ._fusible import epps_pulley_sketch
 from ._request import Request, batch_shape, computing_dtype, uses_gram
 
 SIGMA_EPS = 1e-6  # VISReg adds it to the standard deviation, in the scale and in the shape term
@@ -61,29 +61,34 @@ def _evaluate(
         energy, inner = primitives.covariance_energy(centered, squares, gram)
         values.append(energy.mul_(1 / (views_count * dimensions * (samples - 1) ** 2)).to(z.dtype))
         residue += squares, inner
-    if epps_pulley and torch.compiler.is_compiling():
+    if epps_pulley:
         assert directions is not None
-        value, slope = epps_pulley_sketch(z, directions, request.knots, request.t_max, keep)
-    elif epps_pulley:
-        assert directions is not None
-        table = knot_table(request.knots, request.t_max, z)
-        value, slope = primitives.sketch(
-            z, directions, lambda p: epps_pulley_(p, table, keep), keep, overwrite=ours
-        )
+        if torch.compiler.is_compiling():
+            harmonics = fusible.epps_pulley(request.knots, request.t_max, keep)
+            value, slope = fusible.sketch(z, directions, harmonics)
+        else:
+            table = knot_table(request.knots, request.t_max, z)
+            value, slope = primitives.sketch(
+                z, directions, lambda p: epps_pulley_(p, table, keep), keep, overwrite=ours
+            )
     elif request.sketch:
         assert directions is not None
         sigma = (squares / samples).sqrt_().add_(SIGMA_EPS)
         needed = keep and (request.variance or request.covariance)
         x = centered / sigma if needed else centered.div_(sigma)
-        targets = primitives.quantiles(samples, request.quantiles, x)
-        value, slope = primitives.sketch(
-            x,
-            directions,
-            lambda p: primitives.wasserstein_(p, targets, keep),
-            keep,
-            factor=2 / samples,
-            overwrite=True,
-        )
+        if torch.compiler.is_compiling():
+            distance = fusible.wasserstein(request.quantiles, keep)
+            value, slope = fusible.sketch(x, directions, distance, factor=2 / samples)
+        else:
+            targets = primitives.quantiles(samples, request.quantiles, x)
+            value, slope = primitives.sketch(
+                x,
+                directions,
+                lambda p: primitives.wasserstein_(p, targets, keep),
+                keep,
+                factor=2 / samples,
+                overwrite=True,
+            )
         value += sigma.sum() * 0  # NaN where sigma overflowed and so hid the samples
         slope = slope.div_(sigma) if slope is not None else None
     if request.sketch:

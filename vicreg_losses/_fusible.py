@@ -1,48 +1,85 @@
-"""The Epps-Pulley sketch as plain operations, which a compiler fuses into two loops.
+"""The sketches as plain operations around one pass over all projections, for compiled code.
 
-One loop evaluates all harmonics of a projection and adds them up, the other evaluates them again
-and combines them into the gradient: nothing of size N x K but the projections and their gradient.
-Called one by one the operations would be slow; eager code takes :mod:`._epps_pulley`.
+A compiler fuses the Epps-Pulley statistic into two loops: one evaluates all harmonics of a
+projection and adds them up, the other evaluates them again and combines them into the gradient.
+Called one by one the operations would be slow; eager code takes :mod:`._epps_pulley`. The sort of
+the other statistic is an opaque operator.
 """
+
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ._epps_pulley import terms, wide_knot_table
-from ._torch import wide
+from ._torch import quantiles, wasserstein_, wide
+
+Statistic: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
-def epps_pulley_sketch(
-    x: Tensor, directions: Tensor, knots: int, t_max: float, keep_gradient: bool
+def sketch(
+    x: Tensor, directions: Tensor, statistic: Statistic, factor: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """Mean over slices and views of the statistic of the projections, and its gradient.
+    """Mean over slices and views of a statistic of the projections, and its gradient.
 
     Args:
         x: samples, (V, N, D).
         directions: unit columns, (D, K), of the dtype of ``x``.
-        knots: number of points t.
-        t_max: the last of them.
-        keep_gradient: whether the gradient is needed.
+        statistic: maps projections (K V, N) to values (K V,) and their gradient, if it is needed.
+        factor: what that gradient is still to be multiplied by.
 
     Returns:
         The mean, 0-dim of the wide dtype, and its gradient (V, N, D).
     """
     views, samples, dimensions = x.shape
     slices = directions.shape[1]
-    table = wide_knot_table(knots, t_max, wide(x), x.device).to(x.dtype)
     p = directions.T @ x.reshape(-1, dimensions).T
-    cosines, sines = _harmonics(p.view(slices, views, samples), table)
-    c, s = (torch.stack([wave.sum(-1) for wave in waves], -1) for waves in (cosines, sines))
-    value, a, b = terms(c / samples, s / samples, table, samples)
+    value, slope = statistic(p.view(slices * views, samples))
     mean = value.mean(dtype=wide(x))
-    if not keep_gradient:
+    if slope is None:
         return mean, None
-    slope = sum(
-        a[..., j, None] * cosines[j] + b[..., j, None] * sines[j] for j in range(len(cosines))
-    )
-    assert isinstance(slope, Tensor)
-    slope = slope.view(slices, -1).T @ (directions.T / (slices * views))
-    return mean, slope.view(x.shape)
+    back = directions.T * (factor / (slices * views))
+    return mean, (slope.view(slices, -1).T @ back).view(x.shape)
+
+
+def epps_pulley(knots: int, t_max: float, keep_gradient: bool) -> Statistic:
+    """The Epps-Pulley statistic of each row against N(0, 1)."""
+
+    def statistic(p: Tensor) -> tuple[Tensor, Tensor | None]:
+        samples = p.shape[1]
+        table = wide_knot_table(knots, t_max, wide(p), p.device).to(p.dtype)
+        cosines, sines = _harmonics(p, table)
+        c, s = (torch.stack([wave.sum(1) for wave in waves], 1) for waves in (cosines, sines))
+        value, a, b = terms(c / samples, s / samples, table, samples)
+        if not keep_gradient:
+            return value, None
+        slope = torch.zeros_like(p)
+        for j, (cosine, sine) in enumerate(zip(cosines, sines, strict=True)):
+            slope = slope + a[:, j : j + 1] * cosine + b[:, j : j + 1] * sine
+        return value, slope
+
+    return statistic
+
+
+def wasserstein(rule: str, keep_gradient: bool) -> Statistic:
+    """Mean square of sorted projections less the quantiles; the gradient lacks ``2 / N``."""
+
+    def statistic(p: Tensor) -> tuple[Tensor, Tensor | None]:
+        value: Tensor = _wasserstein_op(p, rule, keep_gradient)
+        return value, p if keep_gradient else None
+
+    return statistic
+
+
+@torch.library.custom_op("vicreg_losses::wasserstein_", mutates_args=("p",))
+def _wasserstein_op(p: Tensor, rule: str, keep_gradient: bool) -> Tensor:
+    return wasserstein_(p, quantiles(p.shape[1], rule, p), keep_gradient)
+
+
+@_wasserstein_op.register_fake
+def _(p: Tensor, rule: str, keep_gradient: bool) -> Tensor:
+    return p.new_empty(p.shape[0])
 
 
 def _harmonics(p: Tensor, table: Tensor) -> tuple[list[Tensor], list[Tensor]]:

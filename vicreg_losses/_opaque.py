@@ -96,10 +96,10 @@ def _needs_memory(request: Request) -> bool:
 def _fuses(request: Request, shape: tuple[int, int, int], like: Tensor) -> bool:
     """Whether a compiler gets the plain operations of a request.
 
-    Not the CPU's sort, which is numpy's; nor the Gram form where float32 asks a CPU whether the
-    diagonal dominates; nor a sketch whose projections are to be taken some at a time.
+    Not the Gram form where float32 asks a CPU whether the diagonal dominates; nor a sketch whose
+    projections are to be taken some at a time.
     """
-    if _needs_memory(request) or request.sketch == "wasserstein":
+    if _needs_memory(request):
         return False
     views, samples, dimensions = shape
     if request.covariance and uses_gram(request, samples, dimensions):
