@@ -1,13 +1,24 @@
 """Inputs that are worked on in several blocks, against the oracle."""
 
 from collections.abc import Callable
+from functools import partial
 
 import oracles
 import pytest
 import torch
 from torch import Tensor
 
-from vicreg_losses import _epps_pulley, _torch, functional
+from vicreg_losses import (
+    LeJEPALoss,
+    VarianceLoss,
+    VICRegLoss,
+    VISRegLoss,
+    _deviations,
+    _epps_pulley,
+    _torch,
+    functional,
+)
+from vicreg_losses.distributed import batch_statistics
 
 
 def value_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,3 +70,111 @@ def test_chunks_of_slices(statistic: str, monkeypatch: pytest.MonkeyPatch) -> No
         lambda x: oracle(x, w),
         z,
     )
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are worked on three samples at a time."""
+    monkeypatch.setattr(_deviations, "_WHOLE", 0)
+    monkeypatch.setattr(_deviations, "_ROWS", 3 * 12)
+    monkeypatch.setattr(_torch, "_ENERGY", 7)
+
+
+W = oracles.unit_directions(12, 9).double()
+LOSSES: dict[str, tuple[oracles.Loss, oracles.Loss]] = {
+    **{
+        str(term): (term.library(functional), term.oracle())
+        for term in oracles.ALL_TERMS
+        if term.min_views <= 3
+    },
+    "vicreg": (VICRegLoss(), oracles.vicreg),
+    "visreg": (
+        lambda z: VISRegLoss(num_global=2)(z, directions=W),
+        lambda z: oracles.visreg(z, W, num_global=2),
+    ),
+    "lejepa": (
+        lambda z: LeJEPALoss(num_global=1)(z, directions=W),
+        lambda z: oracles.lejepa(z, W, num_global=1),
+    ),
+}
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("samples", [2, 3, 19, 21])
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_of_samples(name: str, samples: int) -> None:
+    ours, truth = LOSSES[name]
+    z = oracles.embeddings(3, samples, 12, seed=samples)
+    assert_same(ours, truth, z)
+    with torch.no_grad():
+        assert torch.equal(ours(z.requires_grad_()), ours(z.detach()))
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_of_a_list(name: str) -> None:
+    """Strided views, each a leaf of its own."""
+    ours = LOSSES[name][0]
+    z = oracles.embeddings(3, 19, 12)
+    if name not in ("vicreg", "visreg", "lejepa"):
+        function = {str(term): term for term in oracles.ALL_TERMS}[name]
+        options = {"directions": W} if function.sketch else {}
+        ours = partial(getattr(functional, function.function), **function.options, **options)
+    leaves = [view.T.contiguous().T.requires_grad_() for view in z]
+    gradients = torch.autograd.grad(ours(leaves), leaves)
+    (whole,) = torch.autograd.grad(ours(z.requires_grad_()), z)
+    assert (torch.stack(gradients) - whole).norm() <= 1e-12 * whole.norm()
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("name", ["vicreg", "variance-hinge", "invariance-center"])
+def test_rows_of_two_views_in_16_bits(name: str) -> None:
+    """The sum of a row's gradients is rounded once: half an ulp of float16 is 2^-11."""
+    ours, truth = LOSSES[name]
+    z = oracles.embeddings(2, 20, 12).half()
+    _, gradient = value_and_gradient(ours, z)
+    _, true_gradient = value_and_gradient(truth, z.double())
+    assert gradient.dtype == torch.float16
+    assert (gradient - true_gradient).norm() <= 2**-10 * true_gradient.norm()
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_rows_at_a_large_offset() -> None:
+    """Multiples of 1/8 stay what they are beside 2^20; a constant column has no gradient."""
+    z = (8 * oracles.embeddings(1, 100, 12)).round() / 8
+    z[..., 0] = 0.125
+    for form in ("hinge", "squared"):
+        loss = VarianceLoss(form=form)
+        value, gradient = value_and_gradient(loss, (z + 2.0**20).float())
+        true_value, true_gradient = value_and_gradient(loss, z)
+        assert gradient[..., 0].count_nonzero() == 0
+        assert abs(value - true_value) <= 1e-6 * true_value
+        assert (gradient - true_gradient).norm() <= 1e-6 * true_gradient.norm()
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_second_derivative_by_rows_is_an_error() -> None:
+    z = oracles.embeddings(2, 20, 12).requires_grad_()
+    (gradient,) = torch.autograd.grad(VICRegLoss()(z) + z.pow(3).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_statistics_of_rows() -> None:
+    z = oracles.embeddings(2, 20, 12)
+    found = batch_statistics(z)
+    assert (found.mean - z.mean(1)).abs().max() <= 1e-12
+    assert (found.variance - z.var(1)).abs().max() <= 1e-12
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("name", ["variance-squared", "center", "invariance-pairwise", "vicreg"])
+def test_batched_upstream_gradients(name: str) -> None:
+    """What ``torch.func.vmap`` does to a backward pass: no memory can be written to."""
+    ours, truth = LOSSES[name]
+    z = oracles.embeddings(2, 20, 12).requires_grad_()
+    upstream = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    (found,) = torch.autograd.grad(ours(z), z, upstream, is_grads_batched=True)
+    (once,) = torch.autograd.grad(truth(z), z)
+    assert (found - upstream.view(-1, 1, 1, 1) * once).norm() <= 1e-9 * once.norm()

@@ -22,6 +22,11 @@ def is_batched(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
+def is_batched_gradient(tensor: Tensor) -> bool:
+    """Whether it is of a backward pass with ``is_grads_batched``."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
+
+
 def in_transform() -> bool:
     """Whether a ``torch.func`` transform is running."""
     return bool(torch._C._are_functorch_transforms_active())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _fusible as fusible
 from . import _torch as primitives
+from ._deviations import add_slopes, batch, deviations, scaled_deviations, squared_distances
 from ._epps_pulley import epps_pulley_, knot_table
 from ._request import Request, batch_shape, computing_dtype, uses_gram
 
@@ -30,7 +31,8 @@ def evaluate(
         keep: whether a gradient will be asked for.
 
     Returns:
-        Variance, centre, covariance, sketch, those that are asked for, 0-dim; then the residue.
+        Invariance, variance, centre, covariance, sketch, those that are asked for, 0-dim; then the
+        residue.
     """
     with primitives.full_precision(views[0].device):
         return _evaluate(request, views, directions, keep)
@@ -39,30 +41,33 @@ def evaluate(
 def _evaluate(
     request: Request, views: Sequence[Tensor], directions: Tensor | None, keep: bool
 ) -> list[Tensor]:
-    z, ours = batch(views)
-    views_count, samples, dimensions = z.shape
+    count, samples, dimensions = batch_shape(views)
+    dtype = computing_dtype(views)
     values: list[Tensor] = []
     residue: list[Any] = []  # tensors, if kept
-    epps_pulley = request.sketch == "epps_pulley"
-    if request.variance or request.center or request.covariance or not epps_pulley:
-        centered, mean = primitives.center(z, inplace=ours and not epps_pulley)
-        squares = primitives.squared_sums(centered)
+    if request.invariance:
+        total = squared_distances(views, request.invariance)
+        values.append((total * (request.factor / (count * samples * dimensions))).to(dtype))
+    standardized = request.sketch == "wasserstein"
+    if request.variance or request.center or request.covariance or standardized:
+        centered, high, low, squares = deviations(views, bool(request.covariance) or standardized)
     if request.variance:
         value, column = variance(request, squares, samples)
         values.append(value)
         residue.append(column)
+    if request.variance or request.center:
+        residue += high, low
     if request.center:
-        values.append(mean.square().mean())
-        residue.append(mean)
-    if request.variance or request.covariance:
-        residue.append(centered)
+        values.append((high + low).square().mean())
     if request.covariance:
+        assert centered is not None
         gram = uses_gram(request, samples, dimensions)
         energy, inner = primitives.covariance_energy(centered, squares, gram)
-        values.append(energy.mul_(1 / (views_count * dimensions * (samples - 1) ** 2)).to(z.dtype))
-        residue += squares, inner
-    if epps_pulley:
+        values.append(energy.mul_(1 / (count * dimensions * (samples - 1) ** 2)).to(dtype))
+        residue += centered, squares, inner
+    if request.sketch == "epps_pulley":
         assert directions is not None
+        z, ours = batch(views)
         if torch.compiler.is_compiling():
             harmonics = fusible.epps_pulley(request.knots, request.t_max, keep)
             value, slope = fusible.sketch(z, directions, harmonics)
@@ -71,11 +76,11 @@ def _evaluate(
             value, slope = primitives.sketch(
                 z, directions, lambda p: epps_pulley_(p, table, keep), keep, overwrite=ours
             )
-    elif request.sketch:
+    elif standardized:
         assert directions is not None
+        assert centered is not None
         sigma = (squares / samples).sqrt_().add_(SIGMA_EPS)
-        needed = keep and (request.variance or request.covariance)
-        x = centered / sigma if needed else centered.div_(sigma)
+        x = centered / sigma if keep and request.covariance else centered.div_(sigma)
         if torch.compiler.is_compiling():
             distance = fusible.wasserstein(request.quantiles, keep)
             value, slope = fusible.sketch(x, directions, distance, factor=2 / samples)
@@ -92,7 +97,7 @@ def _evaluate(
         value += sigma.sum() * 0  # NaN where sigma overflowed and so hid the samples
         slope = slope.div_(sigma) if slope is not None else None
     if request.sketch:
-        values.append(value.to(z.dtype))
+        values.append(value.to(dtype))
         residue.append(slope)
     return values + residue if keep else values
 
@@ -100,9 +105,9 @@ def _evaluate(
 def residue(request: Request, views: Sequence[Tensor]) -> list[Tensor]:
     """Tensors like those that ``evaluate`` keeps, without their values.
 
-    column (V, 1, D), the variance's factor of the centred samples; mean (V, 1, D); centered
-    (V, N, D); squares (V, 1, D) and inner (V, N, N) or (V, D, D), of the covariance; slope
-    (V, N, D), the sketch's gradient.
+    column (V, 1, D), the variance's factor of the centred samples; high and low (V, 1, D), whose
+    sum is the mean; centered (V, N, D), squares (V, 1, D) and inner (V, N, N) or (V, D, D), of the
+    covariance; slope (V, N, D), the sketch's gradient.
     """
     count, samples, dimensions = shape = batch_shape(views)
     sides = {"auto": torch.sym_min(samples, dimensions), "gram": samples, "feature": dimensions}
@@ -110,8 +115,9 @@ def residue(request: Request, views: Sequence[Tensor]) -> list[Tensor]:
     row = (count, 1, dimensions)
     kept = (
         (row, request.variance),
-        (row, request.center),
-        (shape, request.variance or request.covariance),
+        (row, request.variance or request.center),
+        (row, request.variance or request.center),
+        (shape, request.covariance),
         (row, request.covariance),
         ((count, side, side), request.covariance),
         (shape, request.sketch),
@@ -157,7 +163,8 @@ def gradient(
     """Gradient of the terms with an upstream gradient, (V, N, D).
 
     The sum of a product with the Gram matrix or the covariance, of ``centered * column`` (both the
-    diagonal of the Gram form and the variance), of a row (the centre) and of the sketch's slope.
+    diagonal of the Gram form and the variance), of a row (the centre), of the sketch's slope and of
+    differences of views (the invariance).
 
     Args:
         request: what was evaluated.
@@ -165,11 +172,11 @@ def gradient(
         values: from :func:`evaluate`.
         residue: likewise.
         upstream: the upstream gradient of each value, 0-dim, or ``None``.
-        views: not needed here.
+        views: as given to :func:`evaluate`.
         dtype: of the result.
     """
     with primitives.full_precision(values[0].device):
-        return _gradient(request, shape, values, residue, upstream).to(dtype)
+        return _gradient(request, shape, values, residue, upstream, views).to(dtype)
 
 
 def _gradient(
@@ -178,38 +185,42 @@ def _gradient(
     values: Sequence[Tensor],
     residue: Sequence[Tensor],
     upstream: Sequence[Tensor | None],
+    views: Sequence[Tensor],
 ) -> Tensor:
     count, samples, dimensions = shape
+    elements = count * samples * dimensions
     terms = zip(upstream, values, strict=True)
     rest = iter(residue)
-    total = column = None
-    if request.variance:
-        column = next(rest)
+    total = None
+    apart = _scale(terms, request.factor / elements) if request.invariance else None
+    column = next(rest) if request.variance else None
+    if column is not None:
         scale = _scale(terms, variance_factor(request, samples, count * dimensions))
         column = column * scale if scale is not None else None
-    if request.center:
-        mean, scale = next(rest), _scale(terms, 2 / (count * samples * dimensions))
-        row = mean * scale if scale is not None else None
-    else:
-        row = None
-    if request.variance or request.covariance:
-        centered = next(rest)
+    if request.variance or request.center:
+        high, low = next(rest), next(rest)
+    middle = _scale(terms, 2 / elements) if request.center else None
     if request.covariance:
-        squares, inner = next(rest), next(rest)
+        centered, squares, inner = next(rest), next(rest), next(rest)
         scale = _scale(terms, 4 / (count * dimensions * (samples - 1) ** 2))
         if scale is not None:
             gram = uses_gram(request, samples, dimensions)
             total, diagonal = primitives.covariance_product(centered, squares, inner, gram, scale)
             if diagonal is not None:
                 column = diagonal if column is None else column + diagonal
-    if column is not None:
-        total = centered * column if total is None else total.addcmul_(centered, column)
+        if column is not None:
+            total = centered * column if total is None else total.addcmul_(centered, column)
+    elif column is not None:
+        total = scaled_deviations(views, high, low, column)
     if request.sketch:
         slope, scale = next(rest), _scale(terms)
         if scale is not None:
             total = slope * scale if total is None else total.addcmul_(slope, scale)
-    if row is not None:
+    if middle is not None:
+        row = (high + low) * middle
         total = row.expand(shape).contiguous() if total is None else total.add_(row)
+    if apart is not None:
+        total = add_slopes(total, views, request.invariance, apart)
     return values[0].new_zeros(shape) if total is None else total
 
 
@@ -225,12 +236,3 @@ def finite_scale(upstream: Tensor, value: Tensor, factor: float = 1.0) -> Tensor
     """
     scale = torch.add(upstream, value, alpha=0)
     return scale if factor == 1 else scale.mul_(factor)
-
-
-def batch(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """The views as one (V, N, D) tensor of the computing dtype; whether it is a fresh copy."""
-    dtype = computing_dtype(views)
-    if len(views) > 1:
-        return torch.stack([view.to(dtype) for view in views]), True
-    z = views[0].to(dtype)
-    return (z if z.dim() == 3 else z.unsqueeze(0)), z is not views[0]

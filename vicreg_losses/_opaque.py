@@ -60,9 +60,8 @@ def gradient(
         return backend(request).gradient(request, shape, values, residue, upstream, views, dtype)
     asked = [g is not None for g in upstream]
     present = [g for g in upstream if g is not None]
-    kept = list(views) if _needs_memory(request) else []  # plain PyTorch does not read them
     return _gradient_op(
-        list(shape), list(values), list(residue), present, asked, kept, dtype, *request
+        list(shape), list(values), list(residue), present, asked, list(views), dtype, *request
     )
 
 

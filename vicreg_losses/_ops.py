@@ -1,15 +1,13 @@
-"""The two differentiable operations behind every loss, with gradients in closed form.
+"""The differentiable operation behind every loss, with gradients in closed form.
 
-``regularizers`` serves any choice of the variance, centre, covariance and sketch terms from one
-pass of statistics, so that composites share it; ``invariance`` compares views. Each is an
-``autograd.Function``: forward keeps what its gradient is finished from in one pass (never D x D
-for D > N, nor N x K), and backward applies the upstream gradients as device scalars.
+``regularizers`` serves any choice of terms from one pass of statistics, so that composites share
+it. It is an ``autograd.Function``: forward keeps what its gradient is finished from in one pass
+(never D x D for D > N, nor N x K), and backward applies the upstream gradients as device scalars.
 
 Eager code calls the implementation directly; compiled, fake and meta tensors meet it as an opaque
 custom operator, which costs more per call but is one node of the graph.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +15,8 @@ import torch
 from torch import Tensor
 
 from . import _compat, _opaque
-from ._deviations import slopes, squared_deviations
 from ._dispatch import resolve
-from ._evaluate import finite_scale
-from ._request import Request, batch_shape, computing_dtype, gradient_dtype
-from ._torch import full_precision
+from ._request import Request, batch_shape, gradient_dtype
 
 
 def regularizers(
@@ -38,6 +33,18 @@ def regularizers(
         0-dim tensors, float32, or float64 if a view is.
     """
     request = resolve(request, views)
+    if request.invariance and request.impl == "triton":  # which has no kernels for it
+        alone = Request(
+            invariance=request.invariance, factor=request.factor, gathers=request.gathers
+        )
+        rest = _evaluated(request._replace(invariance=0), views, directions)
+        return *_evaluated(alone, views, None), *rest
+    return _evaluated(request, views, directions)
+
+
+def _evaluated(
+    request: Request, views: Sequence[Tensor], directions: Tensor | None
+) -> tuple[Tensor, ...]:
     if directions is not None:
         request = request._replace(slices=directions.shape[1])
     if _is_differentiated(views):
@@ -46,28 +53,6 @@ def regularizers(
         return outputs[: request.terms()]
     with torch.no_grad():
         return tuple(_opaque.evaluate(request, views, directions, keep=False))
-
-
-def invariance(request: Request, views: Sequence[Tensor], num_global: int, factor: float) -> Tensor:
-    """``factor * mean((z - c)^2)``, with c the mean of the first ``num_global`` views.
-
-    Args:
-        request: which ranks.
-        views: as in :func:`regularizers`.
-        num_global: how many views form the centre.
-        factor: multiplies the mean.
-    """
-    if request.world > 1:
-        return regularizers(request._replace(invariance=num_global, factor=factor), views)[0]
-    if _is_differentiated(views):
-        function = _EagerInvariance if _in_plain_eager() else _Invariance
-        value: Tensor = function.apply(num_global, factor, *views)
-    else:
-        with torch.no_grad():
-            value = _Invariance.forward(num_global, factor, *views)
-    if request.gathers and torch.compiler.is_compiling():
-        value = value + _opaque.same_world(value.detach(), request)
-    return value
 
 
 def _is_differentiated(views: Sequence[Tensor]) -> bool:
@@ -93,15 +78,16 @@ class _Regularizers(torch.autograd.Function):
         request, count = ctx.request, ctx.request.terms()
         saved = ctx.saved_tensors
         outputs, views = saved[: -ctx.view_count], saved[-ctx.view_count :]
-        gradient = _opaque.gradient(
-            request,
-            ctx.shape,
-            outputs[:count],
-            outputs[count:],
-            upstream[:count],
-            views,
-            gradient_dtype(views),
-        )
+        with torch.no_grad():
+            gradient = _opaque.gradient(
+                request,
+                ctx.shape,
+                outputs[:count],
+                outputs[count:],
+                upstream[:count],
+                views,
+                gradient_dtype(views),
+            )
         single = len(views) == 1
         gradients = [gradient.view(views[0].shape)] if single else gradient.unbind(0)
         return None, None, *_finish(gradients, views)
@@ -160,45 +146,3 @@ class _FirstOrderOnly(torch.autograd.Function):
             "The gradients are closed forms without a graph of their own; leave these losses out "
             "of a gradient penalty or any other function that is differentiated twice."
         )
-
-
-class _Invariance(torch.autograd.Function):
-    """``factor * mean(e^2)`` with the deviations ``e = z - c`` from the centre of G views.
-
-    Its gradient is ``factor / (V N D)`` times twice :func:`._deviations.slopes`.
-    """
-
-    @staticmethod
-    def forward(num_global: int, factor: float, *views: Tensor) -> Tensor:
-        elements = math.prod(batch_shape(views))
-        with full_precision(views[0].device):
-            total = squared_deviations(views, num_global)
-            return (total * (factor / elements)).to(computing_dtype(views))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.num_global, ctx.factor, *views = inputs
-        ctx.save_for_backward(output, *views)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        value, *views = ctx.saved_tensors
-        factor = ctx.factor / math.prod(batch_shape(views))
-        with full_precision(value.device):
-
-            def scale(number: float) -> Tensor:
-                return finite_scale(upstream, value, number * factor)
-
-            return None, None, *_finish(slopes(views, ctx.num_global, scale), views)
-
-
-class _EagerInvariance(torch.autograd.Function):
-    """As :class:`_EagerRegularizers`."""
-
-    @staticmethod
-    def forward(ctx: Any, num_global: int, factor: float, *views: Tensor) -> Tensor:
-        value = _Invariance.forward(num_global, factor, *views)
-        _Invariance.setup_context(ctx, (num_global, factor, *views), value)
-        return value
-
-    backward = _Invariance.backward

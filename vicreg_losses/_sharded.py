@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ._collectives import Ranks, all_reduce_, meet
-from ._deviations import slopes, squared_deviations
+from ._deviations import add_slopes, batch, squared_distances
 from ._epps_pulley import knot_table
-from ._evaluate import SIGMA_EPS, batch, finite_scale, variance, variance_factor
+from ._evaluate import SIGMA_EPS, finite_scale, variance, variance_factor
 from ._moments import Moments, global_moments
 from ._request import Request, batch_shape, computing_dtype
 from ._sharded_covariance import Product, add_products, gram_rows
@@ -93,7 +93,7 @@ class _Call:
         request, z = self.request, self.z
         samples = z.shape[1]
         if request.invariance:
-            squares = squared_deviations(self.views, request.invariance) / self._most()
+            squares = squared_distances(self.views, request.invariance) / self._most()
             truncated = samples < self.views[0].shape[-2]  # then z is NaN
             self.pending["invariance"] = z.sum() if truncated else squares
         self._meet_statistics(keep)
@@ -293,9 +293,7 @@ def gradient(
         if request.invariance:
             factor, by = next(rest), scale()
             if by is not None:
-                unit = by * factor
-                parts = slopes(views, request.invariance, lambda number: unit * number)
-                total = parts[0] if views[0].dim() == 3 else torch.stack(parts)
+                total = add_slopes(None, views, request.invariance, by * factor)
         if request.variance:
             origin, shift, column = next(rest), next(rest), next(rest)
             by = scale()

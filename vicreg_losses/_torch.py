@@ -20,6 +20,8 @@ from ._sort import sort_residual_
 # keep a GEMM and the sort busy, and a small part of a cache or of the memory.
 _CPU_CHUNK = 1 << 21
 CHUNK = 1 << 24
+# Elements that are squared and added up at a time on a CPU.
+_ENERGY = 1 << 16
 # Off-diagonal share of the Gram energy below which float32 cannot tell it from the diagonal.
 _DIAGONAL_DOMINATES = 0.25
 
@@ -42,11 +44,14 @@ def energy(x: Tensor) -> Tensor:
     In wide precision all along: a float32 accumulator for a long sum is wrong by percents, and
     squares leave float32's range long before the loss does.
     """
+    if x.device.type == "cpu" and x.numel() > _ENERGY and not torch.compiler.is_compiling():
+        # PyTorch widens all that it is given at once.
+        return torch.stack([energy(part) for part in x.reshape(-1).split(_ENERGY)]).sum()
     norm: Tensor = torch.linalg.vector_norm(x, dtype=wide(x))
     return norm.square_()
 
 
-def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
+def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Subtract the mean over samples.
 
     Twice: the second pass takes off what the rounding of the mean left, which in float32 at an
@@ -58,12 +63,12 @@ def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor]:
         inplace: whether ``z`` may be overwritten.
 
     Returns:
-        The centred embeddings (V, N, D) and the mean (V, 1, D).
+        The centred embeddings (V, N, D), and the mean as a sum of two (V, 1, D).
     """
     high = z.mean(1, keepdim=True)
     centered = z.sub_(high) if inplace else z - high
     low = centered.mean(1, keepdim=True)
-    return centered.sub_(low), low.add_(high)
+    return centered.sub_(low), high, low
 
 
 def squared_sums(centered: Tensor) -> Tensor:

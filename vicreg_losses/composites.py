@@ -4,7 +4,6 @@
 up with ``total``. The statistics pass is shared by all regularizers of a composite.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,19 +38,6 @@ class LeJEPATerms(NamedTuple):
 
     invariance: Tensor
     sketch: Tensor
-
-
-def _evaluate(
-    request: Request, centre: tuple[int, float], views: Sequence[Tensor], w: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """The invariance, then the regularizers; several ranks share messages for both.
-
-    The invariance is element-wise, so there are no kernels of it that a user could name.
-    """
-    if request.world > 1:
-        together = request._replace(invariance=centre[0], factor=centre[1])
-        return _ops.regularizers(together, views, w)
-    return _ops.invariance(request, views, *centre), *_ops.regularizers(request, views, w)
 
 
 def _weighted(terms: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
@@ -110,7 +96,8 @@ class VICRegLoss(Loss):
         tensors, request = self._float_views(views, "VICRegLoss", self._request())
         centre = _options.invariance_factors("pairwise", None, tensors)
         _checks.warn_of_unit_norm("VICRegLoss", tensors, self.gamma)
-        invariance, variance, covariance = _evaluate(request, centre, tensors)
+        request = request._replace(invariance=centre[0], factor=centre[1])
+        invariance, variance, covariance = _ops.regularizers(request, tensors)
         return VICRegTerms(invariance, variance, covariance * batch_shape(tensors)[0])
 
     def total(self, terms: VICRegTerms) -> Tensor:
@@ -182,7 +169,8 @@ class VISRegLoss(SlicedLoss):
         centre = _options.invariance_factors("center", self.num_global, tensors)
         _checks.warn_of_unit_norm("VISRegLoss", tensors)
         w = self.directions_for(tensors, directions)
-        invariance, scale, center, shape = _evaluate(request, centre, tensors, w)
+        request = request._replace(invariance=centre[0], factor=centre[1])
+        invariance, scale, center, shape = _ops.regularizers(request, tensors, w)
         return VISRegTerms(invariance, scale, shape, center)
 
     def total(self, terms: VISRegTerms) -> Tensor:
@@ -243,7 +231,8 @@ class LeJEPALoss(SlicedLoss):
         centre = _options.invariance_factors("center", self.num_global, tensors)
         _checks.warn_of_unit_norm("LeJEPALoss", tensors)
         w = self.directions_for(tensors, directions)
-        return LeJEPATerms(*_evaluate(request, centre, tensors, w))
+        request = request._replace(invariance=centre[0], factor=centre[1])
+        return LeJEPATerms(*_ops.regularizers(request, tensors, w))
 
     def total(self, terms: LeJEPATerms) -> Tensor:
         """The weighted sum of ``terms``: what ``forward`` returns."""

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks, _collectives, _compat, _opaque, _torch
-from ._evaluate import batch
+from . import _checks, _collectives, _compat, _opaque
+from ._deviations import batch, deviations
 from ._moments import global_moments
 from ._plan import Plan, plan
 
@@ -150,18 +150,18 @@ def batch_statistics(z: Tensor, process_group: dist.ProcessGroup | None = None) 
     size, name = _collectives.members(process_group)
     views = _checks.embeddings(z, min_samples=2 if size == 1 else 0)
     shape = (*z.shape[:-2], z.shape[-1])
-    x, ours = batch(views)
     if size > 1:
+        x = batch(views)[0]
         call = {"function": "batch_statistics", "shape": shape, "dtype": x.dtype}
         ranks = _collectives.meet(name, x, x.shape[1], call, x.new_empty(0, 0))
         moments = global_moments(x, ranks)
         variance = (moments.squares / (moments.total - 1)).view(shape)
         count = moments.total.round().to(torch.int64)
         return BatchStatistics(count, moments.mean().view(shape), variance)
-    centered, mean = _torch.center(x, inplace=ours)
-    variance = _torch.squared_sums(centered) / (x.shape[1] - 1)
-    count = torch.full((), x.shape[1], dtype=torch.int64, device=z.device)
-    return BatchStatistics(count, mean.view(shape), variance.view(shape))
+    _, high, low, squares = deviations(views, keep=False)
+    samples = z.shape[-2]
+    count = torch.full((), samples, dtype=torch.int64, device=z.device)
+    return BatchStatistics(count, (high + low).view(shape), (squares / (samples - 1)).view(shape))
 
 
 def _one_view(z: Tensor) -> Tensor:

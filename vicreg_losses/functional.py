@@ -290,7 +290,8 @@ def invariance_loss(
     invariance_options(form, num_global, impl)
     request = Request(impl=impl)
     views, request = shared(request, z, gather_distributed, process_group, reduction)
-    return _ops.invariance(request, views, *invariance_factors(form, num_global, views))
+    group, factor = invariance_factors(form, num_global, views)
+    return _ops.regularizers(request._replace(invariance=group, factor=factor), views)[0]
 
 
 def seed_of_rank(seed: Tensor, rank: int) -> Tensor:
