@@ -6,11 +6,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ._parallel import for_each_block
+
 # The multipliers of the splitmix64 generator, as signed 64-bit integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
 _BITS = (1 << 64) - 1
+# Numbers that one generator of the CPU draws: about a millisecond.
+_DRAWN = 1 << 18
 
 _Word = TypeVar("_Word", int, Tensor)
 
@@ -28,11 +32,8 @@ def draw_directions(seed: Tensor, step: Tensor, dimensions: int, slices: int) ->
         dimensions: D.
         slices: K.
     """
-    if seed.device.type == "cpu":  # the serial generator is the fastest there
-        generator = torch.Generator("cpu").manual_seed(_key(int(seed), int(step)) & _BITS)
-        rows = torch.randn(
-            slices, dimensions, generator=generator, dtype=torch.float32, device="cpu"
-        )
+    if seed.device.type == "cpu":
+        rows = _generated_normal(_key(int(seed), int(step)), dimensions, slices)
     else:
         rows = counter_normal(_key(seed, step), dimensions, slices)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -40,6 +41,22 @@ def draw_directions(seed: Tensor, step: Tensor, dimensions: int, slices: int) ->
     rows[:, :1] += lost
     rows /= norms + lost
     return rows.T
+
+
+def _generated_normal(key: int, dimensions: int, slices: int) -> Tensor:
+    """Standard normal numbers (K, D), float32, from the CPU's generator.
+
+    It is serial, so some slices at a time have one of their own, whatever the number of threads.
+    """
+    rows = torch.empty(slices, dimensions, dtype=torch.float32, device="cpu")
+
+    def work(begin: int, end: int) -> None:
+        seed = _scramble(key + begin) if begin else key & _BITS
+        generator = torch.Generator("cpu").manual_seed(seed)
+        torch.randn(end - begin, dimensions, generator=generator, out=rows[begin:end])
+
+    for_each_block(lambda: work, slices, max(1, _DRAWN // dimensions))
+    return rows
 
 
 def counter_normal(key: Tensor, dimensions: int, slices: int) -> Tensor:

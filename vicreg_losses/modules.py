@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _checks, _opaque, _options, functional
+from . import _checks, _opaque, _ops, _options, functional
 from ._collectives import Group, group_name, rank_in
 from ._options import Embeddings
 from ._request import Request, computing_dtype, is_narrow
@@ -244,12 +244,12 @@ class SlicedSketchLoss(SlicedLoss):
         **common: Any,
     ) -> None:
         super().__init__(num_slices, seed, **common)
-        _options.sketch_request(statistic, quantiles, knots, t_max, self.impl, slices, exchange)
         if generator_seed is not None:
             _checks.seed("generator_seed", generator_seed)
         self.statistic, self.quantiles, self.slices = statistic, quantiles, slices
         self.knots, self.t_max, self.generator_seed = knots, t_max, generator_seed
         self.exchange = exchange
+        self._request()
         if directions is not None:
             _checks.directions(directions)
             if generator_seed is not None:
@@ -267,6 +267,17 @@ class SlicedSketchLoss(SlicedLoss):
             shown["directions"] = tuple(self.directions.shape)
         return shown
 
+    def _request(self) -> Request:
+        return _options.sketch_request(
+            self.statistic,
+            self.quantiles,
+            self.knots,
+            self.t_max,
+            self.impl,
+            self.slices,
+            self.exchange,
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> "SlicedSketchLoss":
         """Let ``.to()`` and ``.bfloat16()`` move fixed directions, but never round them."""
         fixed = self.directions
@@ -281,9 +292,11 @@ class SlicedSketchLoss(SlicedLoss):
             directions = self.directions
         if directions is None and self.generator_seed is None:
             # Checked first: a refused call must not advance the slices.
-            tensors, request = _options.shared(Request(), z, **self._sharing())
-            rank = rank_in(request.group) if self.slices == "per_rank" else 0
-            directions = self.next_directions(tensors[0], rank)
+            tensors, request = _options.shared(self._request(), z, **self._sharing())
+            _checks.warn_of_unit_norm("sliced_sketch_loss", tensors)
+            rank = rank_in(request.group) if request.own_slices else 0
+            w = self.next_directions(tensors[0], rank).to(computing_dtype(tensors))
+            return _ops.regularizers(request, tensors, w)[0]
         return functional.sliced_sketch_loss(
             z,
             directions=directions,
