@@ -1,5 +1,6 @@
 """Inputs that are worked on in several blocks, against the oracle."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -77,7 +78,35 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches are worked on three samples at a time."""
     monkeypatch.setattr(_deviations, "_WHOLE", 0)
     monkeypatch.setattr(_deviations, "_ROWS", 3 * 12)
+    monkeypatch.setattr(_torch, "_WIDENED", 20)
     monkeypatch.setattr(_torch, "_ENERGY", 7)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e-30, 3e18, 1e30])
+def test_energy_beyond_the_range_of_float32(scale: float) -> None:
+    """Squares that are too large or too small for float32 count all the same.
+
+    256 squares in float32 are wrong by at most 512 half ulps, and their sums far less.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(301, 257, generator=generator, dtype=torch.float64).mul(scale).float()
+    for part in (x, x.T, x[:, 1:]):
+        truth = part.double().square().sum()
+        assert abs(_torch.energy(part) - truth) <= 512 * 2.0**-24 * truth
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_energy_of_what_is_not_finite(bad: float) -> None:
+    x = torch.ones(40_000)
+    x[1234] = bad
+    assert not _torch.energy(x).isfinite()
+
+
+def test_energy_of_one_large_number() -> None:
+    """Its neighbours' squares are lost beside it, as they are in the truth."""
+    x = torch.full((40_000,), 1e-3)
+    x[777] = 1e4
+    assert abs(_torch.energy(x) - (1e8 + 39_999e-6)) <= 1e-7 * 1e8
 
 
 W = oracles.unit_directions(12, 9).double()

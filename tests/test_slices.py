@@ -320,3 +320,30 @@ def test_any_seed(seed: int) -> None:
     assert math.isfinite(first)
     z = embeddings()
     assert functional.sliced_sketch_loss(z, num_slices=K, generator_seed=seed).isfinite()
+
+
+def test_large_draws_do_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two slices to a generator: each has numbers of its own, and they are normal."""
+    monkeypatch.setattr(_slices, "_DRAWN", 2 * 320)
+    seed, step = torch.tensor(5), torch.tensor(2)
+    threads = torch.get_num_threads()
+    draws = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            draws.append(_slices.draw_directions(seed, step, 320, 400))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*draws)
+    w = draws[0].double()
+    # Cosines of independent directions have a standard deviation of D^-1/2: 7 of them are never
+    # reached by 8e4 pairs, and equal slices would be at 17.
+    cosines = (w.T @ w).fill_diagonal_(0)
+    assert cosines.abs().max() < 7 * 320**-0.5
+    assert abs(cosines.square().mean() * 320 - 1) < 0.05
+    assert (w.norm(dim=0) - 1).abs().max() < 1e-6
+    monkeypatch.setattr(_slices, "_DRAWN", 400 * 320)
+    whole = _slices.draw_directions(seed, step, 320, 400)
+    assert torch.equal(whole[:, :2], draws[0][:, :2])

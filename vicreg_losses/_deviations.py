@@ -52,7 +52,7 @@ def deviations(views: Sequence[Tensor], keep: bool) -> Deviations:
         keep: whether the centred samples themselves are needed.
     """
     blocks = _row_blocks(views)
-    if len(blocks) == 1:
+    if len(blocks) <= 1:
         z, ours = batch(views)
         centered, high, low = center(z, inplace=ours)
         return Deviations(centered, high, low, squared_sums(centered))
@@ -87,7 +87,7 @@ def scaled_deviations(views: Sequence[Tensor], high: Tensor, low: Tensor, scale:
         scale: (V, 1, D).
     """
     blocks = _row_blocks(views, scale)
-    if len(blocks) == 1:
+    if not blocks:
         return ((batch(views)[0] - high) - low) * scale
     result = high.new_empty(batch_shape(views))
     for i, view in enumerate(_flat(views)):
@@ -105,7 +105,7 @@ def squared_distances(views: Sequence[Tensor], num_global: int) -> Tensor:
     """
     flat = _flat(views)
     parts = []
-    for rows in _row_blocks(views):
+    for rows in _row_blocks(views) or [slice(None)]:
         some = [view[rows] for view in flat]
         if num_global == len(flat) == 2:  # z - c = -difference / 2, difference / 2
             parts.append(energy(_difference(some)) / 2)
@@ -128,11 +128,11 @@ def add_slopes(
         scale: 0-dim.
     """
     flat, blocks = _flat(views), _row_blocks(views, scale)
-    if total is None and len(blocks) == 1:
+    if total is None and len(blocks) <= 1:
         return torch.stack(_slopes(flat, num_global, scale))
     if total is None:
         total = flat[0].new_zeros(batch_shape(views), dtype=computing_dtype(views))
-    for rows in blocks:
+    for rows in blocks or [slice(None)]:
         for i, slope in enumerate(_slopes([view[rows] for view in flat], num_global, scale)):
             total[i, rows] += slope
     return total
@@ -150,14 +150,14 @@ def _slopes(views: Sequence[Tensor], num_global: int, scale: Tensor) -> list[Ten
 
 
 def _row_blocks(views: Sequence[Tensor], scale: Tensor | None = None) -> list[slice]:
-    """Which samples to take at a time; all, where results cannot be written into memory."""
+    """Which samples to take at a time; none, where all are to be, and no memory written to."""
+    if views[0].device.type != "cpu" or torch.compiler.is_compiling() or _compat.in_transform():
+        return []
+    if scale is not None and _compat.is_batched_gradient(scale):
+        return []
     count, samples, dimensions = batch_shape(views)
-    plain = not (torch.compiler.is_compiling() or _compat.in_transform())
-    if scale is not None and plain:
-        plain = not _compat.is_batched_gradient(scale)
-    if not plain or views[0].device.type != "cpu" or count * samples * dimensions <= _WHOLE:
-        return [slice(None)]
-    rows = max(1, _ROWS // dimensions)
+    whole = count * samples * dimensions <= _WHOLE
+    rows = samples if whole else max(1, _ROWS // dimensions)
     return [slice(i, min(i + rows, samples)) for i in range(0, samples, rows)]
 
 

@@ -53,7 +53,7 @@ def _generated_normal(key: int, dimensions: int, slices: int) -> Tensor:
     def work(begin: int, end: int) -> None:
         seed = _scramble(key + begin) if begin else key & _BITS
         generator = torch.Generator("cpu").manual_seed(seed)
-        torch.randn(end - begin, dimensions, generator=generator, out=rows[begin:end])
+        rows[begin:end].normal_(generator=generator)
 
     for_each_block(lambda: work, slices, max(1, _DRAWN // dimensions))
     return rows

@@ -20,8 +20,11 @@ from ._sort import sort_residual_
 # keep a GEMM and the sort busy, and a small part of a cache or of the memory.
 _CPU_CHUNK = 1 << 21
 CHUNK = 1 << 24
-# Elements that are squared and added up at a time on a CPU.
-_ENERGY = 1 << 16
+# Elements that a CPU widens at once; beyond, those whose squares it adds up in float32, and the
+# least sum that has lost none of them.
+_WIDENED = 1 << 15
+_ENERGY = 256
+_SMALLEST = 1e-20
 # Off-diagonal share of the Gram energy below which float32 cannot tell it from the diagonal.
 _DIAGONAL_DOMINATES = 0.25
 
@@ -42,11 +45,17 @@ def energy(x: Tensor) -> Tensor:
     """Sum of squares over all elements, as a 0-dim tensor of the wide dtype.
 
     In wide precision all along: a float32 accumulator for a long sum is wrong by percents, and
-    squares leave float32's range long before the loss does.
+    squares leave float32's range long before the loss does. On a CPU, which would make a wide copy
+    of all elements, a float32 accumulator takes a few at a time, where their squares are in range.
     """
-    if x.device.type == "cpu" and x.numel() > _ENERGY and not torch.compiler.is_compiling():
-        # PyTorch widens all that it is given at once.
-        return torch.stack([energy(part) for part in x.reshape(-1).split(_ENERGY)]).sum()
+    widens = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > _WIDENED
+    if widens and not torch.compiler.is_compiling():
+        many = x.numel() // _ENERGY * _ENERGY
+        rows, rest = x.reshape(-1).tensor_split([many])
+        norms = torch.linalg.vector_norm(rows.view(-1, _ENERGY), dim=1).double()
+        total = norms.square_().sum() + energy(rest)
+        if _SMALLEST < total < math.inf:
+            return total
     norm: Tensor = torch.linalg.vector_norm(x, dtype=wide(x))
     return norm.square_()
 
@@ -153,20 +162,14 @@ def _symmetric_product(left: Tensor, zero_diagonal: bool) -> tuple[Tensor, Tenso
             _zero_diagonal_(inner)
         return inner, energy(inner)
     inner = left.new_empty(left.shape[0], size, size)
-    total = torch.zeros((), dtype=wide(left), device=left.device)
     for i in range(blocks):
         begin, end = size * i // blocks, size * (i + 1) // blocks
-        square = torch.bmm(left[:, begin:end], left[:, begin:end].mT)
+        rows = torch.bmm(left[:, begin:end], left[:, :end].mT)
         if zero_diagonal:
-            _zero_diagonal_(square)
-        inner[:, begin:end, begin:end] = square
-        total += energy(square)
-        if begin:
-            below = torch.bmm(left[:, begin:end], left[:, :begin].mT)
-            inner[:, begin:end, :begin] = below
-            inner[:, :begin, begin:end] = below.mT
-            total += 2 * energy(below)
-    return inner, total
+            _zero_diagonal_(rows[:, :, begin:])
+        inner[:, begin:end, :end] = rows
+        inner[:, :begin, begin:end] = rows[:, :, :begin].mT
+    return inner, energy(inner)
 
 
 def _zero_diagonal_(square: Tensor) -> None:
