@@ -122,7 +122,7 @@ def test_wrong_results_are_not_reported(
     assert command.main(arguments) == 1
     shown = capsys.readouterr().out
     assert "nothing is reported" in shown
-    assert "value_error 0.01" in shown
+    assert "value_error of ours 0.01" in shown
     assert not list((tmp_path / "out").iterdir())
 
 

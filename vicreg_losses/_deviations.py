@@ -157,7 +157,7 @@ def _row_blocks(views: Sequence[Tensor], scale: Tensor | None = None) -> list[sl
         return []
     count, samples, dimensions = batch_shape(views)
     whole = count * samples * dimensions <= _WHOLE
-    rows = samples if whole else max(1, _ROWS // dimensions)
+    rows = max(1, samples if whole else _ROWS // dimensions)
     return [slice(i, min(i + rows, samples)) for i in range(0, samples, rows)]
 
 

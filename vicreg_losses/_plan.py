@@ -266,8 +266,8 @@ class _Cost(NamedTuple):
         narrow = self.wire < width
         # To the computing dtype, in one tensor.
         copied = self.ranks > 1 and (narrow or self.views > 1)
-        more = max(bool(r.invariance), bool(r.variance) * (1 + bool(r.invariance) + copied))
-        backward = (1 + bool(covariance) + bool(sketch) + more) * own + narrow * own // 2
+        halves = max((2 + narrow) * bool(r.invariance), (2 + 2 * copied) * bool(r.variance), narrow)
+        backward = (1 + bool(covariance) + bool(sketch)) * own + halves * own // 2
         gathered = everything * self.wire // width + self.ranks * row_length(shape) * width
         merged = self.ranks * columns * (3 * width + 24)  # means of ranks, in float64
         has_moments = r.variance or r.center or covariance or r.sketch == "wasserstein"
@@ -275,8 +275,8 @@ class _Cost(NamedTuple):
         if has_moments and self.ranks > 1 and is_gathered(self.ranks, shape):
             forward = max(forward, merged)
         if self.ranks == 1:
-            kept = 1 + bool(r.variance or covariance) + bool(sketch)  # centred samples serve both
-            backward = kept * own + max(4 * bool(r.invariance), narrow) * own // 2
+            kept = 1 + bool(r.invariance) + bool(covariance) + bool(sketch)
+            backward = kept * own + narrow * own // 2
             side = {"gram": self.samples, "feature": self.dimensions}.get(covariance, 0)
             backward += 2 * self.views * side**2 * width
         elif covariance == "gram":
@@ -310,7 +310,7 @@ class _Cost(NamedTuple):
         if sketch == "sums":
             return projections + max(statistic, own)
         if sketch == "local":
-            return projections + statistic + (2 + bool(self.request.variance)) * own
+            return projections + statistic + 2 * own
         if sketch == "slices":
             quantiles = 40 * length
             return own + projections + max(statistic, quantiles, 2 * projections)
