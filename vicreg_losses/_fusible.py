@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._epps_pulley import terms, wide_knot_table
-from ._torch import quantiles, wasserstein_, wide
+from ._torch import long_sum, quantiles, wasserstein_, wide
 
 Statistic: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -50,7 +50,7 @@ def epps_pulley(knots: int, t_max: float, keep_gradient: bool) -> Statistic:
         samples = p.shape[1]
         table = wide_knot_table(knots, t_max, wide(p), p.device).to(p.dtype)
         cosines, sines = _harmonics(p, table)
-        c, s = (torch.stack([wave.sum(1) for wave in waves], 1) for waves in (cosines, sines))
+        c, s = (torch.stack([long_sum(wave, 1) for wave in waves], 1) for waves in (cosines, sines))
         value, a, b = terms(c / samples, s / samples, table, samples)
         if not keep_gradient:
             return value, None

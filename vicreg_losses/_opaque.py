@@ -31,7 +31,7 @@ def evaluate(
             with _compat.outside_transforms():
                 return backend(request).evaluate(request, views, directions, keep)
         return backend(request).evaluate(request, views, directions, keep)
-    if torch.compiler.is_compiling() and _fuses(request, batch_shape(views), views[0]):
+    if torch.compiler.is_compiling() and _fuses(request, batch_shape(views), views):
         first, *rest = backend(request).evaluate(request, views, directions, keep)
         if request.gathers:
             first = first + same_world(first, request)
@@ -56,7 +56,7 @@ def gradient(
                 finish = backend(request).gradient
                 return finish(request, shape, values, residue, upstream, views, dtype)
         return backend(request).gradient(request, shape, values, residue, upstream, views, dtype)
-    if torch.compiler.is_compiling() and _fuses(request, shape, values[0]):
+    if torch.compiler.is_compiling() and _fuses(request, shape, views):
         return backend(request).gradient(request, shape, values, residue, upstream, views, dtype)
     asked = [g is not None for g in upstream]
     present = [g for g in upstream if g is not None]
@@ -92,7 +92,7 @@ def _needs_memory(request: Request) -> bool:
     return request.impl == "triton" or request.world > 1
 
 
-def _fuses(request: Request, shape: tuple[int, int, int], like: Tensor) -> bool:
+def _fuses(request: Request, shape: tuple[int, int, int], views: Sequence[Tensor]) -> bool:
     """Whether a compiler gets the plain operations of a request.
 
     Not the Gram form where float32 asks a CPU whether the diagonal dominates; nor a sketch whose
@@ -100,10 +100,10 @@ def _fuses(request: Request, shape: tuple[int, int, int], like: Tensor) -> bool:
     """
     if _needs_memory(request):
         return False
-    views, samples, dimensions = shape
+    count, samples, dimensions = shape
     if request.covariance and uses_gram(request, samples, dimensions):
-        return not may_be_dominated(like)
-    return views * samples * request.slices <= CHUNK
+        return not may_be_dominated(computing_dtype(views), views[0].device)
+    return count * samples * request.slices <= CHUNK
 
 
 def same_world(like: Tensor, request: Request) -> Tensor:

@@ -137,7 +137,9 @@ class _Call:
             assert self.gathered is not None
             self.product = gram_rows(z, self.gathered, keep)
             self.pending["energy"] = self.product.energy
-            if may_be_dominated(z):  # the same bits on all ranks, which decide alike
+            if may_be_dominated(
+                z.dtype, z.device
+            ):  # the same bits on all ranks, which decide alike
                 squares = self.gathered.moments.squares
                 self.pending["diagonal"] = energy(squares) / ranks.size
         elif self.moments is None and (

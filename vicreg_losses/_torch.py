@@ -82,7 +82,18 @@ def center(z: Tensor, inplace: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
 def squared_sums(centered: Tensor) -> Tensor:
     """Sum over samples of the squares: (V, N, D) -> (V, 1, D)."""
-    return centered.square().sum(1, keepdim=True)
+    return long_sum(centered.square(), 1).unsqueeze(1)
+
+
+def long_sum(x: Tensor, dim: int) -> Tensor:
+    """Sum over samples, in the dtype of ``x``.
+
+    Compiled code adds one number after the other on a CPU, so that errors grow with their count,
+    but in a wide accumulator; everything else adds sums of a few.
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return x.sum(dim, dtype=wide(x)).to(x.dtype)
+    return x.sum(dim)
 
 
 def covariance_energy(centered: Tensor, squares: Tensor, gram: bool) -> tuple[Tensor, Tensor]:
@@ -140,14 +151,14 @@ def covariance_product(
     return torch.bmm(inner * scale, centered), squares * -scale
 
 
-def may_be_dominated(x: Tensor) -> bool:
-    """Whether :func:`diagonal_dominates` looks."""
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+def may_be_dominated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether :func:`diagonal_dominates` looks, at centred samples of this dtype."""
+    return dtype == torch.float32 and device.type == "cpu"
 
 
 def diagonal_dominates(centered: Tensor, diagonal: Tensor, total: Tensor) -> bool:
     """Whether float32 would lose the rest. A host decision: off the CPU it would wait, so no."""
-    if not may_be_dominated(centered):
+    if not may_be_dominated(centered.dtype, centered.device):
         return False
     return bool(total - diagonal < _DIAGONAL_DOMINATES * total)
 
