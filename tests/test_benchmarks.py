@@ -12,7 +12,14 @@ from torch import Tensor
 
 from benchmarks import __main__ as command
 from benchmarks import measure, record, truth
-from benchmarks.contenders import COMPILED, FIELD, OURS, PUBLISHED, Contender
+from benchmarks.contenders import (
+    COMPILED,
+    FIELD,
+    OURS,
+    OURS_COMPILED,
+    PUBLISHED,
+    Contender,
+)
 from benchmarks.measure import Row
 from benchmarks.points import BASES, QUICK, SWEEPS, Point, along, every
 
@@ -45,7 +52,7 @@ def test_truth_is_the_oracle(point: Point, chunk: int, monkeypatch: pytest.Monke
     assert truth.error(gradients, list(slope)) < 1e-12
 
 
-CONTENDERS = [(loss, c) for loss, field in FIELD.items() for c in field if c.name != COMPILED]
+CONTENDERS = [(loss, c) for loss, field in FIELD.items() for c in field if not c.compiled]
 
 
 @pytest.mark.filterwarnings("ignore")  # those of other packages
@@ -179,6 +186,16 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):
             compare("fast", name)
         assert words in capsys.readouterr().err
+
+
+def test_ours_compiled_that_did_not_run_is_a_failure_where_the_formula_did() -> None:
+    ended = row(OURS_COMPILED, absent="no")
+    here = [row(OURS), row(PUBLISHED), ended]
+    assert record.failures([*here, row(COMPILED)]) == [
+        f"{ended.point}: {OURS_COMPILED} did not run: no"
+    ]
+    assert not record.failures([*here, row(COMPILED, absent="no compiler")])
+    assert record.failures([row(OURS), row(PUBLISHED), row(OURS_COMPILED, value_error=0.1)])
 
 
 def test_ours_that_did_not_run_is_a_failure() -> None:

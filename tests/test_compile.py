@@ -121,11 +121,18 @@ def test_inductor(name: str) -> None:
     assert_compiles(LOSSES[name], "inductor", sizes=(), graphs=1)
 
 
+@pytest.mark.parametrize("name", ["VICRegLoss", "VISRegLoss"])
+def test_inductor_of_opaque_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_opaque, "_fuses", lambda *_: False)
+    assert_compiles(LOSSES[name], "inductor", sizes=(), graphs=1)
+
+
 def test_inductor_of_transposed_embeddings() -> None:
     """It allocates what an operator's fake implementation announces, strides included."""
-    compiled = torch.compile(VICRegLoss(), backend="inductor", fullgraph=True)
-    z = dense_permuted(embeddings())
-    assert_close(value_and_grad(compiled, z), value_and_grad(VICRegLoss(), z))
+    for n in (9, 4):  # plain, and opaque
+        compiled = torch.compile(VICRegLoss(), backend="inductor", fullgraph=True)
+        z = dense_permuted(embeddings(n))
+        assert_close(value_and_grad(compiled, z), value_and_grad(VICRegLoss(), z))
 
 
 def test_unseeded_draws_differ_between_and_within_compiled_calls() -> None:

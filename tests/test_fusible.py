@@ -1,6 +1,8 @@
 """What compiled code is given as plain operations: the same losses, with nothing opaque in it."""
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import oracles
@@ -11,6 +13,7 @@ from functorch.compile import make_boxed_func
 from oracles import Loss, Term, error, float32_errors, truth, value_and_grad
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vicreg_losses import (
     SlicedSketchLoss,
@@ -80,8 +83,9 @@ def test_float64(name: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("knots", [2, 3, 4, 5, 6, 9, 18, 40, 66])
-def test_every_number_of_knots(knots: int) -> None:
+def test_every_number_of_knots(knots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The harmonics are products of earlier ones, in a pattern of their number."""
+    monkeypatch.setattr(_opaque, "_FUSED_KNOTS", knots)
     term = oracles.sketch_term("epps_pulley", "epps_pulley", knots=knots, t_max=4.0)
     z = oracles.embeddings(2, 12, 6)
     value, gradient = value_and_grad(compiled(library(term, z)), z)
@@ -114,7 +118,7 @@ def test_inductor_keeps_a_large_offset_apart() -> None:
     z[..., 0] = 0.125
     loss = compiled(VarianceLoss(form="squared"), "inductor")
     value, gradient = value_and_grad(loss, (z + 2.0**20).float())
-    true_value, true_gradient = truth(VarianceLoss(form="squared"), z)
+    true_value, true_gradient = truth(partial(oracles.variance, form="squared"), z)
     assert gradient[..., 0].count_nonzero() == 0
     assert error(value, true_value) <= 16 * U
     assert error(gradient, true_gradient) <= 16 * U
@@ -149,3 +153,64 @@ def test_the_rest_is_opaque(case: str, dtype: torch.dtype, monkeypatch: pytest.M
     eager_value, eager_gradient = value_and_grad(loss, z)
     assert error(value, eager_value) <= 4 * U
     assert error(gradient, eager_gradient) <= 4 * U
+
+
+def test_product_by_blocks_of_rows() -> None:
+    """From 256 dimensions on."""
+    z = oracles.embeddings(1, 320, 300)
+    value, gradient = value_and_grad(compiled(functional.covariance_loss), z)
+    true_value, true_gradient = truth(oracles.covariance, z)
+    assert error(value, true_value) <= FLOAT64
+    assert error(gradient, true_gradient) <= FLOAT64
+
+
+def test_more_knots_than_one_loop_can_serve_are_opaque() -> None:
+    z = oracles.embeddings(2, 9, 6, dtype=torch.float32)
+    directions = oracles.unit_directions(6, 5)
+    loss = SlicedSketchLoss(statistic="epps_pulley", directions=directions, knots=18)
+    assert operators(loss, z) == {"evaluate", "gradient"}
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("name", ["variance-squared", "covariance-feature", "epps_pulley"])
+def test_inductor_keeps_what_is_not_finite(name: str, bad: float) -> None:
+    """A value that is not finite never comes with a finite gradient."""
+    z = oracles.embeddings(2, 40, 6, dtype=torch.float32)
+    loss = compiled(library(TERMS[name], z), "inductor")
+    z[0, 3, 2] = bad
+    value, gradient = value_and_grad(loss, z)
+    assert not value.isfinite()
+    assert not gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_compiled_calls_leave_the_embeddings_alone(mode: Callable[[], Any]) -> None:
+    directions = oracles.unit_directions(6, 5)
+    visreg = partial(VISRegLoss(), directions=directions)
+    for loss in (VarianceLoss(), VICRegLoss(), visreg):
+        for dtype in (torch.float32, torch.float16):
+            z = oracles.embeddings(2, 9, 6, dtype=dtype)
+            before = z.clone()
+            with mode():
+                compiled(loss)(z)
+                compiled(loss)(list(z))
+            assert torch.equal(z, before)
+
+
+def test_export_of_any_number_of_samples() -> None:
+    """Smaller and larger than the number of dimensions."""
+    samples = torch.export.Dim("samples", min=2, max=4096)
+    views = tuple(oracles.embeddings(2, 9, 6, dtype=torch.float32))
+    dynamic = {"views": ({0: samples}, {0: samples})}
+    program = torch.export.export(VICRegLoss(), views, dynamic_shapes=dynamic).module()
+    for n in (4, 20):
+        z = oracles.embeddings(2, n, 6, dtype=torch.float32)
+        assert error(program(*z), VICRegLoss()(z)) <= 4 * U
+
+
+def test_many_numbers_of_samples_take_few_graphs() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    loss = torch.compile(functional.covariance_loss, backend=counter, fullgraph=True)
+    for n in (100, 300, 400, 520, 650, 800, 900, 1030, 1500):
+        loss(oracles.embeddings(1, n, 1200))
+    assert counter.frame_count <= 3

@@ -62,7 +62,7 @@ ARROWS: dict[str, set[str]] = {
         "_slices",
         "kernels",
     },
-    "_opaque": {"_collectives", "_compat", "_request", "_dispatch", "_torch"},
+    "_opaque": {"_collectives", "_compat", "_request", "_dispatch", "_evaluate", "_torch"},
     "_ops": {
         "_compat",
         "_opaque",

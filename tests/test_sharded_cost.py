@@ -138,7 +138,7 @@ def test_rows_of_the_gram_matrix_are_made_by_chunks() -> None:
     assert counts[2] - counts[1] < 8 * 40
 
 
-@pytest.mark.parametrize("term", ["variance", "center", "covariance", "wasserstein", "epps_pulley"])
+@pytest.mark.parametrize("term", _REQUESTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_rank(term: str, dtype: torch.dtype) -> None:
     """As measured on the code that serves one rank; the memory to within half of it."""

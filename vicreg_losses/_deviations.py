@@ -4,6 +4,7 @@ On a CPU large batches are taken some rows at a time, so that what is made of th
 fresh memory of the size of the batch costs more there than the arithmetic.
 """
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -41,7 +42,7 @@ def batch(views: Sequence[Tensor]) -> tuple[Tensor, bool]:
     if len(views) > 1:
         return torch.stack([view.to(dtype) for view in views]), True
     z = views[0].to(dtype)
-    return (z if z.dim() == 3 else z.unsqueeze(0)), z is not views[0]
+    return (z if z.dim() == 3 else z.unsqueeze(0)), views[0].dtype != dtype
 
 
 def deviations(views: Sequence[Tensor], keep: bool) -> Deviations:
@@ -52,7 +53,7 @@ def deviations(views: Sequence[Tensor], keep: bool) -> Deviations:
         keep: whether the centred samples themselves are needed.
     """
     blocks = _row_blocks(views)
-    if len(blocks) <= 1:
+    if not blocks or _is_small(views):
         z, ours = batch(views)
         centered, high, low = center(z, inplace=ours)
         return Deviations(centered, high, low, squared_sums(centered))
@@ -61,7 +62,8 @@ def deviations(views: Sequence[Tensor], keep: bool) -> Deviations:
     scratch = flat[0].new_empty((2, blocks[0].stop, shape[2]), dtype=dtype)
     kept = scratch.new_empty(shape) if keep else None
     high = torch.stack([view.mean(0, keepdim=True, dtype=dtype) for view in flat])
-    low, squares = torch.zeros_like(high), torch.zeros_like(high)
+    low = torch.zeros_like(high)
+    squares = torch.zeros_like(high, dtype=torch.float64)  # over many blocks
 
     def centered_rows(i: int, rows: slice, out: Tensor) -> Tensor:
         some = flat[i][rows]
@@ -69,12 +71,12 @@ def deviations(views: Sequence[Tensor], keep: bool) -> Deviations:
 
     for i in range(len(flat)):
         for rows in blocks:
-            low[i] += centered_rows(i, rows, scratch[0]).sum(0, keepdim=True)
-        low[i] /= shape[1]
+            low[i].add_(centered_rows(i, rows, scratch[0]).sum(0, keepdim=True))
+        low[i].div_(shape[1])
         for rows in blocks:
             x = centered_rows(i, rows, scratch[0] if kept is None else kept[i, rows]).sub_(low[i])
-            squares[i] += torch.mul(x, x, out=scratch[1, : len(x)]).sum(0, keepdim=True)
-    return Deviations(kept, high, low, squares)
+            squares[i].add_(torch.mul(x, x, out=scratch[1, : len(x)]).sum(0, keepdim=True))
+    return Deviations(kept, high, low, squares.to(dtype))
 
 
 def scaled_deviations(views: Sequence[Tensor], high: Tensor, low: Tensor, scale: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def scaled_deviations(views: Sequence[Tensor], high: Tensor, low: Tensor, scale:
     """
     blocks = _row_blocks(views, scale)
     if not blocks:
-        return ((batch(views)[0] - high) - low) * scale
+        return (batch(views)[0] - high).sub_(low) * scale
     result = high.new_empty(batch_shape(views))
     for i, view in enumerate(_flat(views)):
         for rows in blocks:
@@ -117,7 +119,7 @@ def squared_distances(views: Sequence[Tensor], num_global: int) -> Tensor:
 def add_slopes(
     total: Tensor | None, views: Sequence[Tensor], num_global: int, scale: Tensor
 ) -> Tensor:
-    """``total``, overwritten, plus ``scale`` times the gradient of :func:`squared_distances`.
+    """``total`` plus ``scale`` times the gradient of :func:`squared_distances`; may overwrite it.
 
     That gradient is ``2 (e - [among the first G] * sum(e) / G)`` with the distances ``e = z - c``.
 
@@ -128,13 +130,14 @@ def add_slopes(
         scale: 0-dim.
     """
     flat, blocks = _flat(views), _row_blocks(views, scale)
-    if total is None and len(blocks) <= 1:
-        return torch.stack(_slopes(flat, num_global, scale))
+    if not blocks or (total is None and _is_small(views)):
+        slopes = torch.stack(_slopes(flat, num_global, scale))
+        return slopes if total is None else total + slopes
     if total is None:
         total = flat[0].new_zeros(batch_shape(views), dtype=computing_dtype(views))
-    for rows in blocks or [slice(None)]:
+    for rows in blocks:
         for i, slope in enumerate(_slopes([view[rows] for view in flat], num_global, scale)):
-            total[i, rows] += slope
+            total[i, rows].add_(slope)
     return total
 
 
@@ -150,15 +153,18 @@ def _slopes(views: Sequence[Tensor], num_global: int, scale: Tensor) -> list[Ten
 
 
 def _row_blocks(views: Sequence[Tensor], scale: Tensor | None = None) -> list[slice]:
-    """Which samples to take at a time; none, where all are to be, and no memory written to."""
+    """Which samples to take at a time; nothing, where results cannot be written into memory."""
     if views[0].device.type != "cpu" or torch.compiler.is_compiling() or _compat.in_transform():
         return []
     if scale is not None and _compat.is_batched_gradient(scale):
         return []
-    count, samples, dimensions = batch_shape(views)
-    whole = count * samples * dimensions <= _WHOLE
-    rows = max(1, samples if whole else _ROWS // dimensions)
+    _, samples, dimensions = batch_shape(views)
+    rows = max(1, samples if _is_small(views) else _ROWS // dimensions)
     return [slice(i, min(i + rows, samples)) for i in range(0, samples, rows)]
+
+
+def _is_small(views: Sequence[Tensor]) -> bool:
+    return math.prod(batch_shape(views)) <= _WHOLE
 
 
 def _flat(views: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -1,7 +1,7 @@
 """Values and closed-form gradients of the regularizers: local statistics, then the terms.
 
 In plain PyTorch; :mod:`._fused` has the same three functions over Triton kernels. No autograd here:
-:mod:`._ops` makes two of them differentiable, :mod:`._opaque` operators for compiled code.
+:mod:`._ops` makes two of them differentiable, :mod:`._opaque` serves compiled code.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,11 @@ SIGMA_EPS = 1e-6  # VISReg adds it to the standard deviation, in the scale and i
 
 
 def evaluate(
-    request: Request, views: Sequence[Tensor], directions: Tensor | None, keep: bool
+    request: Request,
+    views: Sequence[Tensor],
+    directions: Tensor | None,
+    keep: bool,
+    fuses: bool = False,
 ) -> list[Tensor]:
     """Values of the terms, each a mean over views; with ``keep`` followed by the residue.
 
@@ -29,17 +33,18 @@ def evaluate(
         views: one (N, D) or (V, N, D) tensor, or several (N, D).
         directions: unit columns, (D, K), of the computing dtype, for a sketch.
         keep: whether a gradient will be asked for.
+        fuses: whether a compiler is to fuse the operations.
 
     Returns:
         Invariance, variance, centre, covariance, sketch, those that are asked for, 0-dim; then the
         residue.
     """
     with primitives.full_precision(views[0].device):
-        return _evaluate(request, views, directions, keep)
+        return _evaluate(request, views, directions, keep, fuses)
 
 
 def _evaluate(
-    request: Request, views: Sequence[Tensor], directions: Tensor | None, keep: bool
+    request: Request, views: Sequence[Tensor], directions: Tensor | None, keep: bool, fuses: bool
 ) -> list[Tensor]:
     count, samples, dimensions = batch_shape(views)
     dtype = computing_dtype(views)
@@ -68,7 +73,7 @@ def _evaluate(
     if request.sketch == "epps_pulley":
         assert directions is not None
         z, ours = batch(views)
-        if torch.compiler.is_compiling():
+        if fuses:
             harmonics = fusible.epps_pulley(request.knots, request.t_max, keep)
             value, slope = fusible.sketch(z, directions, harmonics)
         else:
@@ -81,7 +86,7 @@ def _evaluate(
         assert centered is not None
         sigma = (squares / samples).sqrt_().add_(SIGMA_EPS)
         x = centered / sigma if keep and request.covariance else centered.div_(sigma)
-        if torch.compiler.is_compiling():
+        if fuses:
             distance = fusible.wasserstein(request.quantiles, keep)
             value, slope = fusible.sketch(x, directions, distance, factor=2 / samples)
         else:

@@ -1,7 +1,7 @@
 """The sketches as plain operations around one pass over all projections, for compiled code.
 
-A compiler fuses the Epps-Pulley statistic into two loops: one evaluates all harmonics of a
-projection and adds them up, the other evaluates them again and combines them into the gradient.
+Inductor fuses the Epps-Pulley statistic into two loops: one evaluates all harmonics of a projection
+and adds them up, the other evaluates them again and combines them into the gradient.
 Called one by one the operations would be slow; eager code takes :mod:`._epps_pulley`. The sort of
 the other statistic is an opaque operator.
 """

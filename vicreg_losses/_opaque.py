@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _collectives, _compat, _dispatch
+from . import _collectives, _compat, _dispatch, _evaluate
 from ._dispatch import backend
 from ._request import Request, batch_shape, computing_dtype, uses_gram
-from ._torch import CHUNK, may_be_dominated
+from ._torch import CHUNK
 
 _calls = itertools.count()
+# Most knots whose harmonics a compiler is given: 32 waves are half of what inductor fuses.
+_FUSED_KNOTS = 17
 
 
 def evaluate(
@@ -31,11 +33,12 @@ def evaluate(
             with _compat.outside_transforms():
                 return backend(request).evaluate(request, views, directions, keep)
         return backend(request).evaluate(request, views, directions, keep)
-    if torch.compiler.is_compiling() and _fuses(request, batch_shape(views), views):
-        first, *rest = backend(request).evaluate(request, views, directions, keep)
-        if request.gathers:
-            first = first + same_world(first, request)
-        return [first, *rest]
+    if torch.compiler.is_compiling() and _fuses(request, batch_shape(views)):
+        found = _evaluate.evaluate(request, views, directions, keep, fuses=True)
+        if request.gathers:  # whichever of them is used
+            zero = same_world(found[0], request)
+            found[: request.terms()] = [value + zero for value in found[: request.terms()]]
+        return found
     return _evaluate_op(list(views), directions, keep, *request)
 
 
@@ -56,12 +59,13 @@ def gradient(
                 finish = backend(request).gradient
                 return finish(request, shape, values, residue, upstream, views, dtype)
         return backend(request).gradient(request, shape, values, residue, upstream, views, dtype)
-    if torch.compiler.is_compiling() and _fuses(request, shape, views):
+    if torch.compiler.is_compiling() and _fuses(request, shape):
         return backend(request).gradient(request, shape, values, residue, upstream, views, dtype)
     asked = [g is not None for g in upstream]
     present = [g for g in upstream if g is not None]
+    kept = list(views) if _reads_views(request) else []  # those that are not read need not be kept
     return _gradient_op(
-        list(shape), list(values), list(residue), present, asked, list(views), dtype, *request
+        list(shape), list(values), list(residue), present, asked, kept, dtype, *request
     )
 
 
@@ -88,22 +92,32 @@ def next_call() -> Tensor:
 
 
 def _needs_memory(request: Request) -> bool:
-    """Kernels and collectives take plain tensors, and read the views again for the gradient."""
+    """Kernels and collectives take plain tensors."""
     return request.impl == "triton" or request.world > 1
 
 
-def _fuses(request: Request, shape: tuple[int, int, int], views: Sequence[Tensor]) -> bool:
+def _reads_views(request: Request) -> bool:
+    """Whether the gradient does."""
+    spreads = bool(request.variance) and not request.covariance
+    return _needs_memory(request) or bool(request.invariance) or spreads
+
+
+def _fuses(request: Request, shape: tuple[int, int, int]) -> bool:
     """Whether a compiler gets the plain operations of a request.
 
-    Not the Gram form where float32 asks a CPU whether the diagonal dominates; nor a sketch whose
-    projections are to be taken some at a time.
+    Not the Gram form, where float32 asks a CPU whether the diagonal dominates, and whose side is
+    the number of samples, of which compiled code may see many; nor a sketch whose projections are
+    to be taken some at a time, or that has more knots than one loop can serve. And not an export:
+    these are decisions by the shape, which there may be unknown.
     """
-    if _needs_memory(request):
+    if _needs_memory(request) or torch.compiler.is_exporting():
         return False
     count, samples, dimensions = shape
     if request.covariance and uses_gram(request, samples, dimensions):
-        return not may_be_dominated(computing_dtype(views), views[0].device)
-    return count * samples * request.slices <= CHUNK
+        return False
+    if request.sketch == "epps_pulley" and request.knots > _FUSED_KNOTS:
+        return False
+    return not request.sketch or count * samples * request.slices <= CHUNK
 
 
 def same_world(like: Tensor, request: Request) -> Tensor:

@@ -4,8 +4,8 @@
 it. It is an ``autograd.Function``: forward keeps what its gradient is finished from in one pass
 (never D x D for D > N, nor N x K), and backward applies the upstream gradients as device scalars.
 
-Eager code calls the implementation directly; compiled, fake and meta tensors meet it as an opaque
-custom operator, which costs more per call but is one node of the graph.
+Eager code calls the implementation directly, compiled code its operations where a compiler can fuse
+them; otherwise, and for fake and meta tensors, it is an opaque custom operator.
 """
 
 from collections.abc import Sequence
@@ -37,8 +37,9 @@ def regularizers(
         alone = Request(
             invariance=request.invariance, factor=request.factor, gathers=request.gathers
         )
-        rest = _evaluated(request._replace(invariance=0), views, directions)
-        return *_evaluated(alone, views, None), *rest
+        distance = _evaluated(alone, views, None)
+        rest = request._replace(invariance=0)
+        return distance + (_evaluated(rest, views, directions) if rest.terms() else ())
     return _evaluated(request, views, directions)
 
 

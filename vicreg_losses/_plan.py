@@ -266,6 +266,7 @@ class _Cost(NamedTuple):
         narrow = self.wire < width
         # To the computing dtype, in one tensor.
         copied = self.ranks > 1 and (narrow or self.views > 1)
+        # Of the result besides: the views' slopes, or deviations and a copy, or the result rounded.
         halves = max((2 + narrow) * bool(r.invariance), (2 + 2 * copied) * bool(r.variance), narrow)
         backward = (1 + bool(covariance) + bool(sketch)) * own + halves * own // 2
         gathered = everything * self.wire // width + self.ranks * row_length(shape) * width
@@ -275,8 +276,9 @@ class _Cost(NamedTuple):
         if has_moments and self.ranks > 1 and is_gathered(self.ranks, shape):
             forward = max(forward, merged)
         if self.ranks == 1:
-            kept = 1 + bool(r.invariance) + bool(covariance) + bool(sketch)
-            backward = kept * own + narrow * own // 2
+            # The result, what is kept for it, the slopes of the views and a difference of two.
+            halves = 2 + 3 * bool(r.invariance) + 2 * bool(covariance) + 2 * bool(sketch) + narrow
+            backward = halves * own // 2
             side = {"gram": self.samples, "feature": self.dimensions}.get(covariance, 0)
             backward += 2 * self.views * side**2 * width
         elif covariance == "gram":

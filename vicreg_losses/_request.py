@@ -19,6 +19,8 @@ class Request(NamedTuple):
     quantiles: str = "paper"  # "paper" | "exact"
     knots: int = 17
     t_max: float = 3.0
+    invariance: int = 0  # how many views form the centre; the first term
+    factor: float = 1.0  # of the invariance
     impl: str = "auto"  # "triton" only where that was decided
     parts: int = 0  # of Triton's operands: 16-bit numbers for each element; 0: by the dtypes
     slices: int = 0  # K, where the directions are known
@@ -29,8 +31,6 @@ class Request(NamedTuple):
     averages: bool = True  # whether the trainer averages gradients, or adds them
     own_slices: bool = False  # whether each rank has directions of its own
     wire: str = ""  # a narrower dtype that holds the views exactly
-    invariance: int = 0  # how many views form the centre; the first term
-    factor: float = 1.0  # of the invariance
 
     def terms(self) -> int:
         """Number of terms asked for."""

@@ -137,9 +137,8 @@ class _Call:
             assert self.gathered is not None
             self.product = gram_rows(z, self.gathered, keep)
             self.pending["energy"] = self.product.energy
-            if may_be_dominated(
-                z.dtype, z.device
-            ):  # the same bits on all ranks, which decide alike
+            # The same bits on all ranks, which decide alike.
+            if may_be_dominated(z):
                 squares = self.gathered.moments.squares
                 self.pending["diagonal"] = energy(squares) / ranks.size
         elif self.moments is None and (

@@ -48,8 +48,8 @@ def energy(x: Tensor) -> Tensor:
     squares leave float32's range long before the loss does. On a CPU, which would make a wide copy
     of all elements, a float32 accumulator takes a few at a time, where their squares are in range.
     """
-    widens = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > _WIDENED
-    if widens and not torch.compiler.is_compiling():
+    eager = not torch.compiler.is_compiling()
+    if eager and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > _WIDENED:
         many = x.numel() // _ENERGY * _ENERGY
         rows, rest = x.reshape(-1).tensor_split([many])
         norms = torch.linalg.vector_norm(rows.view(-1, _ENERGY), dim=1).double()
@@ -151,14 +151,14 @@ def covariance_product(
     return torch.bmm(inner * scale, centered), squares * -scale
 
 
-def may_be_dominated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether :func:`diagonal_dominates` looks, at centred samples of this dtype."""
-    return dtype == torch.float32 and device.type == "cpu"
+def may_be_dominated(x: Tensor) -> bool:
+    """Whether :func:`diagonal_dominates` looks."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def diagonal_dominates(centered: Tensor, diagonal: Tensor, total: Tensor) -> bool:
     """Whether float32 would lose the rest. A host decision: off the CPU it would wait, so no."""
-    if not may_be_dominated(centered.dtype, centered.device):
+    if not may_be_dominated(centered):
         return False
     return bool(total - diagonal < _DIAGONAL_DOMINATES * total)
 

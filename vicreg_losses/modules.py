@@ -1,7 +1,7 @@
 """The terms as modules: what to add to a trainer's loss.
 
-Each holds its options and makes one call to the function of its name in
-:mod:`vicreg_losses.functional`, which documents the formula, the source and the conventions.
+Each holds its options and is the function of its name in :mod:`vicreg_losses.functional`, which
+documents the formula, the source and the conventions.
 ``forward`` takes what a trainer has at hand: one (N, D) tensor, several, a list of them, or one
 (V, N, D) tensor of V views.
 """
@@ -198,11 +198,13 @@ class SlicedLoss(Loss):
         if plain and not torch.compiler.is_compiling() and self.step.device != like.device:
             self.seed, self.step = self.seed.to(like.device), self.step.to(like.device)
 
-    def directions_for(self, views: Sequence[Tensor], explicit: Tensor | None) -> Tensor:
+    def directions_for(
+        self, views: Sequence[Tensor], explicit: Tensor | None, rank: int = 0
+    ) -> Tensor:
         """Explicit directions, checked, or those of this call, in the computing dtype."""
         if explicit is not None:
             return _options.prepare_directions(explicit, views)
-        return self.next_directions(views[0]).to(computing_dtype(views))
+        return self.next_directions(views[0], rank).to(computing_dtype(views))
 
     def _shown_seed(self) -> int | str:
         return "meta" if self.seed.is_meta else int(self.seed)
@@ -295,7 +297,7 @@ class SlicedSketchLoss(SlicedLoss):
             tensors, request = _options.shared(self._request(), z, **self._sharing())
             _checks.warn_of_unit_norm("sliced_sketch_loss", tensors)
             rank = rank_in(request.group) if request.own_slices else 0
-            w = self.next_directions(tensors[0], rank).to(computing_dtype(tensors))
+            w = self.directions_for(tensors, None, rank)
             return _ops.regularizers(request, tensors, w)[0]
         return functional.sliced_sketch_loss(
             z,
