@@ -111,6 +111,8 @@ def readme_speed() -> str:
     lines = []
     for point in SHAPES:
         rows = _rows_at(point)
+        if not rows:  # of a run that was ended early
+            continue
         ours, compiled, formula = rows[OURS], rows[OURS_COMPILED], rows[PUBLISHED]
         lines.append(
             (
