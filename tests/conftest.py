@@ -74,3 +74,14 @@ def run(pretrain: ModuleType, tmp_path: Path) -> Callable[..., int]:
         return pretrain.main(["--out", str(tmp_path / "out"), *map(str, arguments)])
 
     return main
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Without inductor's pool of compiling processes, which takes longer to start than it saves."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    with config.patch(compile_threads=1):
+        yield
+    torch._dynamo.reset()

@@ -1,6 +1,6 @@
 """Compiled, fake and meta: the same values and gradients, few graphs, and shapes without data."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from vicreg_losses import (
 )
 from vicreg_losses._evaluate import Request
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 K = 5
 W = oracles.unit_directions(6, K)
 # Compiled code calls an opaque operator or the operations of eager code, in float32, and fuses some
@@ -65,15 +66,6 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     **MODULES,
     **{name: lambda f=f: f for name, f in FUNCTIONS.items()},
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    """Without inductor's pool of compiling processes, which takes longer to start than it saves."""
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(compile_threads=1):
-        yield
-    torch._dynamo.reset()
 
 
 def embeddings(n: int = 9, d: int = 6, v: int = 2) -> Tensor:

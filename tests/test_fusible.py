@@ -1,7 +1,7 @@
 """What compiled code is given as plain operations: the same losses, with nothing opaque in it."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from vicreg_losses import (
     functional,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 # As in test_values: two float64 orders of evaluation, and terms that vanish.
 FLOAT64 = 1e-10
 VANISHING = 1e-3
@@ -32,14 +33,6 @@ U = 2.0**-24
 
 TERMS = {str(term): term for term in oracles.ALL_TERMS}
 each_term = pytest.mark.parametrize("name", TERMS)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(compile_threads=1):
-        yield
-    torch._dynamo.reset()
 
 
 def compiled(loss: Loss, backend: str = "aot_eager") -> Loss:

@@ -13,19 +13,19 @@ from ._request import Request, batch_shape, computing_dtype, narrow_dtype
 Embeddings: TypeAlias = Tensor | Sequence[Tensor]
 
 
-def invariance_factors(
-    form: str, num_global: int | None, views: Sequence[Tensor]
-) -> tuple[int, float]:
-    """How many views form the centre, and what multiplies the mean squared distance from it."""
+def with_invariance(
+    request: Request, form: str, num_global: int | None, views: Sequence[Tensor]
+) -> Request:
+    """The request with the invariance: how many views form the centre, and its factor."""
     count = batch_shape(views)[0]
     if form == "pairwise":
         if count < 2:
             raise ValueError("embeddings: expected at least 2 views with form='pairwise', got 1.")
-        return count, 2 * count / (count - 1)
+        return request._replace(invariance=count, factor=2 * count / (count - 1))
     group = count if num_global is None else num_global
     if group > count:
         raise ValueError(f"num_global: expected at most the {count} views there are, got {group}.")
-    return group, 1.0
+    return request._replace(invariance=group, factor=1.0)
 
 
 def invariance_options(form: str, num_global: int | None, impl: str) -> None:

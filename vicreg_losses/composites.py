@@ -94,9 +94,8 @@ class VICRegLoss(Loss):
     def terms(self, *views: Embeddings) -> VICRegTerms:
         """The terms, without their coefficients; each can be differentiated."""
         tensors, request = self._float_views(views, "VICRegLoss", self._request())
-        centre = _options.invariance_factors("pairwise", None, tensors)
+        request = _options.with_invariance(request, "pairwise", None, tensors)
         _checks.warn_of_unit_norm("VICRegLoss", tensors, self.gamma)
-        request = request._replace(invariance=centre[0], factor=centre[1])
         invariance, variance, covariance = _ops.regularizers(request, tensors)
         return VICRegTerms(invariance, variance, covariance * batch_shape(tensors)[0])
 
@@ -166,10 +165,9 @@ class VISRegLoss(SlicedLoss):
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> VISRegTerms:
         """The terms, without their weights; each can be differentiated."""
         tensors, request = self._float_views(views, "VISRegLoss", self._request())
-        centre = _options.invariance_factors("center", self.num_global, tensors)
+        request = _options.with_invariance(request, "center", self.num_global, tensors)
         _checks.warn_of_unit_norm("VISRegLoss", tensors)
         w = self.directions_for(tensors, directions)
-        request = request._replace(invariance=centre[0], factor=centre[1])
         invariance, scale, center, shape = _ops.regularizers(request, tensors, w)
         return VISRegTerms(invariance, scale, shape, center)
 
@@ -228,10 +226,9 @@ class LeJEPALoss(SlicedLoss):
     def terms(self, *views: Embeddings, directions: Tensor | None = None) -> LeJEPATerms:
         """The terms, without their weights; each can be differentiated."""
         tensors, request = self._float_views(views, "LeJEPALoss", self._request())
-        centre = _options.invariance_factors("center", self.num_global, tensors)
+        request = _options.with_invariance(request, "center", self.num_global, tensors)
         _checks.warn_of_unit_norm("LeJEPALoss", tensors)
         w = self.directions_for(tensors, directions)
-        request = request._replace(invariance=centre[0], factor=centre[1])
         return LeJEPATerms(*_ops.regularizers(request, tensors, w))
 
     def total(self, terms: LeJEPATerms) -> Tensor:

@@ -35,12 +35,12 @@ from ._dispatch import check
 from ._options import (
     Embeddings,
     covariance_request,
-    invariance_factors,
     invariance_options,
     prepare_directions,
     shared,
     sketch_request,
     variance_request,
+    with_invariance,
 )
 from ._request import Request, computing_dtype
 
@@ -290,8 +290,7 @@ def invariance_loss(
     invariance_options(form, num_global, impl)
     request = Request(impl=impl)
     views, request = shared(request, z, gather_distributed, process_group, reduction)
-    group, factor = invariance_factors(form, num_global, views)
-    return _ops.regularizers(request._replace(invariance=group, factor=factor), views)[0]
+    return _ops.regularizers(with_invariance(request, form, num_global, views), views)[0]
 
 
 def seed_of_rank(seed: Tensor, rank: int) -> Tensor:
