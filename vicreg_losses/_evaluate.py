@@ -67,7 +67,7 @@ def _evaluate(
     if request.covariance:
         assert centered is not None
         gram = uses_gram(request, samples, dimensions)
-        energy, inner = primitives.covariance_energy(centered, squares, gram)
+        energy, inner = primitives.covariance_energy(centered, squares, gram, keep)
         values.append(energy.mul_(1 / (count * dimensions * (samples - 1) ** 2)).to(dtype))
         residue += centered, squares, inner
     if request.sketch == "epps_pulley":

@@ -96,7 +96,9 @@ def long_sum(x: Tensor, dim: int) -> Tensor:
     return x.sum(dim)
 
 
-def covariance_energy(centered: Tensor, squares: Tensor, gram: bool) -> tuple[Tensor, Tensor]:
+def covariance_energy(
+    centered: Tensor, squares: Tensor, gram: bool, keep: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Sum over views of the squared off-diagonal elements of ``centered^T centered``.
 
     Both forms use ``||Xc^T Xc||_F = ||Xc Xc^T||_F`` and compute half of a symmetric product.
@@ -105,18 +107,19 @@ def covariance_energy(centered: Tensor, squares: Tensor, gram: bool) -> tuple[Te
         centered: centred embeddings, (V, N, D).
         squares: sums of squares over samples, (V, 1, D): the diagonal.
         gram: whether to form the N x N Gram matrix, else the D x D product.
+        keep: whether the product is needed.
 
     Returns:
         The energy, 0-dim of the wide dtype, and the product: (V, N, N), or (V, D, D) with a zero
         diagonal.
     """
     left = centered if gram else centered.mT
-    inner, total = _symmetric_product(left, zero_diagonal=not gram)
+    total, inner = _symmetric_product(left, zero_diagonal=not gram, keep=keep)
     if gram:
         diagonal = energy(squares)
         if diagonal_dominates(centered, diagonal, total):
             exact = centered.double()
-            total = _symmetric_product(exact, zero_diagonal=False)[1]
+            total = _symmetric_product(exact, zero_diagonal=False)[0]
             diagonal = energy(squared_sums(exact))
         total = (total - diagonal).clamp_(min=0)
     return total, inner
@@ -163,24 +166,32 @@ def diagonal_dominates(centered: Tensor, diagonal: Tensor, total: Tensor) -> boo
     return bool(total - diagonal < _DIAGONAL_DOMINATES * total)
 
 
-def _symmetric_product(left: Tensor, zero_diagonal: bool) -> tuple[Tensor, Tensor]:
-    """``left @ left^T`` by block rows of the lower triangle, and its energy."""
-    size = left.shape[1]
-    blocks = min(8, size // 128)
-    if blocks < 2:
-        inner = torch.bmm(left, left.mT)
-        if zero_diagonal:
-            _zero_diagonal_(inner)
-        return inner, energy(inner)
-    inner = left.new_empty(left.shape[0], size, size)
+def _symmetric_product(
+    left: Tensor, zero_diagonal: bool, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Energy of ``left @ left^T``, from blocks of its lower triangle; and itself, if kept."""
+    count, size, _ = left.shape
+    blocks = max(1, min(8, size // 128))
+    inner = left.new_empty(count, size, size) if keep and blocks > 1 else None
+    total = torch.zeros((), dtype=wide(left), device=left.device)
     for i in range(blocks):
         begin, end = size * i // blocks, size * (i + 1) // blocks
-        rows = torch.bmm(left[:, begin:end], left[:, :end].mT)
+        rows = left[:, begin:end]
+        square = torch.bmm(rows, rows.mT)
         if zero_diagonal:
-            _zero_diagonal_(rows[:, :, begin:])
-        inner[:, begin:end, :end] = rows
-        inner[:, :begin, begin:end] = rows[:, :, :begin].mT
-    return inner, energy(inner)
+            _zero_diagonal_(square)
+        total = total + energy(square)
+        if blocks == 1:
+            return total, square
+        if inner is not None:
+            inner[:, begin:end, begin:end] = square
+        if i:
+            below = torch.bmm(rows, left[:, :begin].mT)
+            total = total + 2 * energy(below)
+            if inner is not None:
+                inner[:, begin:end, :begin] = below
+                inner[:, :begin, begin:end] = below.mT
+    return total, inner
 
 
 def _zero_diagonal_(square: Tensor) -> None:
