@@ -105,7 +105,7 @@ def _ours(point: Point) -> Loss:
 
 
 def _ours_compiled(point: Point) -> Loss:
-    """As in a compiled training step, and as the formula is: a function, not a module of its own."""
+    """A compiled function of the views, as the formula is and as training steps are."""
     loss = _ours(point)
     return torch.compile(lambda *views, **given: loss(*views, **given))
 

@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "_request": set(),
     "_epps_pulley": {"_parallel", "_torch"},
     "_deviations": {"_compat", "_request", "_torch"},
-    "_fusible": {"_epps_pulley", "_torch"},
+    "_fusible": {"_compat", "_epps_pulley", "_torch"},
     "_evaluate": {"_request", "_deviations", "_fusible", *PRIMITIVES},
     "_fused": {"_request", "_epps_pulley", "_torch", "kernels"},
     "_collectives": {"_compat"},

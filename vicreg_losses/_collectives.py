@@ -240,7 +240,7 @@ def all_reduce_(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(...) of each rank -> (W, ...), in the order of ranks."""
     out = x.new_empty((dist.get_world_size(group), *x.shape))
-    gather = getattr(dist, "all_gather_into_tensor", None) or dist.all_gather_single
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out.view(-1), x.contiguous().view(-1), group=group)
     return out
 

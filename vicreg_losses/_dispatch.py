@@ -59,7 +59,7 @@ def resolve(request: Request, views: Sequence[Tensor]) -> Request:
         if obstacle:
             _refuse(obstacle)
     exact = not is_narrow(views) and _compat.float32_products_are_exact()
-    return request._replace(impl="triton", parts=request.parts or 1 + exact)
+    return request.but(impl="triton", parts=request.parts or 1 + exact)
 
 
 def backend(request: Request) -> ModuleType:

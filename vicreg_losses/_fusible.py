@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from . import _compat
 from ._epps_pulley import terms, wide_knot_table
 from ._torch import long_sum, quantiles, wasserstein_, wide
 
@@ -72,14 +73,12 @@ def wasserstein(rule: str, keep_gradient: bool) -> Statistic:
     return statistic
 
 
-@torch.library.custom_op("vicreg_losses::wasserstein_", mutates_args=("p",))
+@_compat.operator(
+    "wasserstein_(Tensor(a!) p, str rule, bool keep_gradient) -> Tensor",
+    lambda p, *_: p.new_empty(p.shape[0]),
+)
 def _wasserstein_op(p: Tensor, rule: str, keep_gradient: bool) -> Tensor:
     return wasserstein_(p, quantiles(p.shape[1], rule, p), keep_gradient)
-
-
-@_wasserstein_op.register_fake
-def _(p: Tensor, rule: str, keep_gradient: bool) -> Tensor:
-    return p.new_empty(p.shape[0])
 
 
 def _harmonics(p: Tensor, table: Tensor) -> tuple[list[Tensor], list[Tensor]]:

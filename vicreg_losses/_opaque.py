@@ -18,7 +18,7 @@ from ._dispatch import backend
 from ._request import Request, batch_shape, computing_dtype, uses_gram
 from ._torch import CHUNK
 
-_calls = itertools.count()
+_calls, _sites = itertools.count(), itertools.count()
 # Most knots whose harmonics a compiler is given: 32 waves are half of what inductor fuses.
 _FUSED_KNOTS = 17
 
@@ -37,7 +37,7 @@ def evaluate(
         found = _evaluate.evaluate(request, views, directions, keep, fuses=True)
         if request.gathers:
             for value in found[: request.terms()]:  # whichever of them is used
-                torch.ops.vicreg_losses.same_world_(value, request.group, request.world)
+                _same_world_op(value, request.group, request.world)
         return found
     return _evaluate_op(list(views), directions, keep, *request)
 
@@ -88,7 +88,7 @@ def advance_step(step: Tensor, advance: int) -> None:
 
 def next_call() -> Tensor:
     """The number of calls so far in this process: a step for draws that nobody counts."""
-    return _next_call_op() if torch.compiler.is_compiling() else _next_call()
+    return _next_call_op(_new_site()) if torch.compiler.is_compiling() else _next_call()
 
 
 def _needs_memory(request: Request) -> bool:
@@ -110,7 +110,7 @@ def _fuses(request: Request, shape: tuple[int, int, int]) -> bool:
     to be taken some at a time, or that has more knots than one loop can serve. And not an export:
     these are decisions by the shape, which there may be unknown.
     """
-    if _needs_memory(request) or torch.compiler.is_exporting():
+    if not _compat.TRACES_FUNCTIONS or _needs_memory(request) or torch.compiler.is_exporting():
         return False
     count, samples, dimensions = shape
     if request.covariance and uses_gram(request, samples, dimensions):
@@ -131,7 +131,13 @@ def has_data(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _next_call() -> Tensor:
+@_compat.constant_when_compiled
+def _new_site() -> int:
+    """A number for each place in compiled code: equal calls, compilers merge."""
+    return next(_sites)
+
+
+def _next_call(site: int = 0) -> Tensor:
     return torch.tensor(next(_calls), device="cpu")
 
 
@@ -139,10 +145,18 @@ _TYPES = {str: "str", bool: "bool", float: "float", int: "SymInt"}
 _OPTIONS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in Request.__annotations__.items())
 
 
-@torch.library.custom_op(
-    "vicreg_losses::evaluate",
-    mutates_args=(),
-    schema=f"(Tensor[] views, Tensor? directions, bool keep, {_OPTIONS}) -> Tensor[]",
+def _fake_evaluate(
+    views: list[Tensor], directions: Tensor | None, keep: bool, *options: str | bool | float | int
+) -> list[Tensor]:
+    request = Request(*options)  # type: ignore[arg-type]
+    like = views[0].new_empty((), dtype=computing_dtype(views))
+    outputs = [like.new_empty(()) for _ in range(request.terms())]
+    return outputs + backend(request).residue(request, views) if keep else outputs
+
+
+@_compat.operator(
+    f"evaluate(Tensor[] views, Tensor? directions, bool keep, {_OPTIONS}) -> Tensor[]",
+    _fake_evaluate,
 )
 def _evaluate_op(
     views: list[Tensor], directions: Tensor | None, keep: bool, *options: str | bool | float | int
@@ -154,21 +168,23 @@ def _evaluate_op(
     return [t.contiguous() for t in backend(request).evaluate(request, views, directions, keep)]
 
 
-@_evaluate_op.register_fake
-def _(
-    views: list[Tensor], directions: Tensor | None, keep: bool, *options: str | bool | float | int
-) -> list[Tensor]:
-    request = Request(*options)  # type: ignore[arg-type]
-    like = views[0].new_empty((), dtype=computing_dtype(views))
-    outputs = [like.new_empty(()) for _ in range(request.terms())]
-    return outputs + backend(request).residue(request, views) if keep else outputs
+def _fake_gradient(
+    shape: list[int],
+    values: list[Tensor],
+    residue: list[Tensor],
+    upstream: list[Tensor],
+    asked: list[bool],
+    views: list[Tensor],
+    dtype: torch.dtype,
+    *options: str | bool | float | int,
+) -> Tensor:
+    return values[0].new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "vicreg_losses::gradient",
-    mutates_args=(),
-    schema="(SymInt[] shape, Tensor[] values, Tensor[] residue, Tensor[] upstream, bool[] asked, "
+@_compat.operator(
+    "gradient(SymInt[] shape, Tensor[] values, Tensor[] residue, Tensor[] upstream, bool[] asked, "
     f"Tensor[] views, ScalarType dtype, {_OPTIONS}) -> Tensor",
+    _fake_gradient,
 )
 def _gradient_op(
     shape: list[int],
@@ -188,18 +204,8 @@ def _gradient_op(
     return result.contiguous()
 
 
-@_gradient_op.register_fake
-def _(
-    shape: list[int],
-    values: list[Tensor],
-    residue: list[Tensor],
-    upstream: list[Tensor],
-    asked: list[bool],
-    views: list[Tensor],
-    dtype: torch.dtype,
-    *options: str | bool | float | int,
-) -> Tensor:
-    return values[0].new_empty(shape, dtype=dtype)
+def _fake_draw(seed: Tensor, step: Tensor, dimensions: int, slices: int, *_: Any) -> Tensor:
+    return seed.new_empty((slices, dimensions), dtype=torch.float32).T
 
 
 def _draw(
@@ -209,58 +215,35 @@ def _draw(
     return _dispatch.draw_directions(seed, step, offset, dimensions, slices, impl)
 
 
+_draw_op = _compat.operator(
+    "draw_directions(Tensor seed, Tensor step, SymInt dimensions, SymInt slices, SymInt advance, "
+    "str impl) -> Tensor",
+    _fake_draw,
+)(_draw)
+
+
 def _advance(step: Tensor, advance: int) -> None:
     if not _compat.in_backward():
         _compat.add_outside_transforms_(step, advance)
 
 
-@torch.library.custom_op("vicreg_losses::draw_directions", mutates_args=())
-def _draw_op(
-    seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int, impl: str
-) -> Tensor:
-    return _draw(seed, step, dimensions, slices, advance, impl)
+_advance_op = _compat.operator(
+    "advance_step(Tensor(a!) step, SymInt advance) -> ()", lambda *_: None
+)(_advance)
 
 
-@_draw_op.register_fake
-def _(seed: Tensor, step: Tensor, dimensions: int, slices: int, advance: int, impl: str) -> Tensor:
-    return seed.new_empty((slices, dimensions), dtype=torch.float32).T
+# The tag keeps compilers from computing it again in a backward pass.
+_next_call_op = _compat.operator(
+    "next_call(SymInt site) -> Tensor",
+    lambda _: torch.empty((), dtype=torch.int64, device="cpu"),
+    torch.Tag.nondeterministic_seeded,
+)(_next_call)
 
 
-@torch.library.custom_op("vicreg_losses::advance_step", mutates_args=("step",))
-def _advance_op(step: Tensor, advance: int) -> None:
-    _advance(step, advance)
-
-
-@_advance_op.register_fake
-def _(step: Tensor, advance: int) -> None:
-    pass
-
-
-# The tag keeps compilers from merging two draws.
-@torch.library.custom_op(
-    "vicreg_losses::next_call", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
-)
-def _next_call_op() -> Tensor:
-    return _next_call()
-
-
-@_next_call_op.register_fake
-def _() -> Tensor:
-    return torch.empty((), dtype=torch.int64, device="cpu")
-
-
-# The plainest way to define an operator: it costs half of what ``custom_op`` does. That it is said
-# to write into the value, which it does not, spares a tensor and an addition.
-_library = torch.library.Library("vicreg_losses", "FRAGMENT")
-_library.define("same_world_(Tensor(a!) value, str group, SymInt world) -> ()")
-
-
-def _check_world(value: Tensor, group: str, world: int) -> None:
-    if not value.is_meta:
-        _collectives.require_world(group, world)
-
-
-_library.impl("same_world_", _check_world, "CompositeExplicitAutograd")
+# It does not write into the value; that it says so spares a tensor and an addition.
+@_compat.operator("same_world_(Tensor(a!) value, str group, SymInt world) -> ()", lambda *_: None)
+def _same_world_op(value: Tensor, group: str, world: int) -> None:
+    _collectives.require_world(group, world)
 
 
 for _name in ("evaluate", "same_world_"):

@@ -38,7 +38,7 @@ def regularizers(
             invariance=request.invariance, factor=request.factor, gathers=request.gathers
         )
         distance = _evaluated(alone, views, None)
-        rest = request._replace(invariance=0)
+        rest = request.but(invariance=0)
         return distance + (_evaluated(rest, views, directions) if rest.terms() else ())
     return _evaluated(request, views, directions)
 
@@ -47,7 +47,7 @@ def _evaluated(
     request: Request, views: Sequence[Tensor], directions: Tensor | None
 ) -> tuple[Tensor, ...]:
     if directions is not None:
-        request = request._replace(slices=directions.shape[1])
+        request = request.but(slices=directions.shape[1])
     if _is_differentiated(views):
         function = _EagerRegularizers if _in_plain_eager() else _Regularizers
         outputs: tuple[Tensor, ...] = function.apply(request, directions, *views)

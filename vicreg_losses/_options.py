@@ -21,11 +21,11 @@ def with_invariance(
     if form == "pairwise":
         if count < 2:
             raise ValueError("embeddings: expected at least 2 views with form='pairwise', got 1.")
-        return request._replace(invariance=count, factor=2 * count / (count - 1))
+        return request.but(invariance=count, factor=2 * count / (count - 1))
     group = count if num_global is None else num_global
     if group > count:
         raise ValueError(f"num_global: expected at most the {count} views there are, got {group}.")
-    return request._replace(invariance=group, factor=1.0)
+    return request.but(invariance=group, factor=1.0)
 
 
 def invariance_options(form: str, num_global: int | None, impl: str) -> None:
@@ -100,9 +100,9 @@ def shared(
     _checks.one_of("reduction", reduction, ("mean", "sum"))
     world, name = _collectives.members(process_group) if gather_distributed else (1, "")
     views = _checks.embeddings(z, min_samples=2 if world == 1 else 0)
-    request = request._replace(gathers=gather_distributed)
+    request = request.but(gathers=gather_distributed)
     if world > 1:
-        request = request._replace(
+        request = request.but(
             world=world, group=name, averages=reduction == "mean", wire=narrow_dtype(views)
         )
     return views, request

@@ -129,7 +129,7 @@ def plan(
     _checks.integer("ranks", size, 1)
     request = _REQUESTS[term]._replace(exchange=exchange, own_slices=per_rank, knots=knots)
     if request.covariance:
-        request = request._replace(covariance=strategy)
+        request = request.but(covariance=strategy)
     wire = dtype.itemsize
     width = 8 if dtype == torch.float64 else 4
     return _Cost(term, request, size, samples, dimensions, slices, views, wire, width).plan()

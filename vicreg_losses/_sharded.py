@@ -49,7 +49,7 @@ def evaluate(
         z = batch(views)[0]
         count, samples, dimensions = z.shape
         call = {
-            **request._replace(group="", parts=0, impl="")._asdict(),
+            **request.but(group="", parts=0, impl="")._asdict(),
             "views": count,
             "dimensions": dimensions,
             "dtype": z.dtype,

@@ -218,24 +218,14 @@ def _scatter(upstream: Tensor, group: str) -> Tensor:
     return _collectives.all_to_all(upstream, _collectives.resolve(group)).sum(0)
 
 
-@torch.library.custom_op("vicreg_losses::all_gather", mutates_args=())
-def _gather_op(z: Tensor, group: str, size: int) -> Tensor:
-    return _gather(z, group, size)
-
-
-@_gather_op.register_fake
-def _(z: Tensor, group: str, size: int) -> Tensor:
-    return z.new_empty((size, *z.shape))
-
-
-@torch.library.custom_op("vicreg_losses::reduce_scatter", mutates_args=())
-def _scatter_op(upstream: Tensor, group: str) -> Tensor:
-    return _scatter(upstream, group)
-
-
-@_scatter_op.register_fake
-def _(upstream: Tensor, group: str) -> Tensor:
-    return upstream.new_empty(upstream.shape[1:])
+_gather_op = _compat.operator(
+    "all_gather(Tensor z, str group, SymInt size) -> Tensor",
+    lambda z, group, size: z.new_empty((size, *z.shape)),
+)(_gather)
+_scatter_op = _compat.operator(
+    "reduce_scatter(Tensor upstream, str group) -> Tensor",
+    lambda upstream, group: upstream.new_empty(upstream.shape[1:]),
+)(_scatter)
 
 
 for _name in ("all_gather", "reduce_scatter"):

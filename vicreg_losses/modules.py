@@ -70,7 +70,7 @@ class Loss(nn.Module):
         """
         tensors, request = _options.shared(request, self._views(views, warning), **self._sharing())
         dtype, parts = computing_dtype(tensors), int(is_narrow(tensors))
-        return tuple(t.to(dtype) for t in tensors), request._replace(parts=parts)
+        return tuple(t.to(dtype) for t in tensors), request.but(parts=parts)
 
     def _views(self, views: Sequence[Embeddings], warning: str = "") -> Embeddings:
         """The arguments of ``forward`` as one argument of a function.
