@@ -87,8 +87,8 @@ def _figure(rows: Sequence[Row], loss: str, axes: Sequence[str], about: dict[str
     figure.suptitle(TITLES[loss], x=0.02, ha="left", fontsize=16, fontweight="bold")
     handles, labels = _legend(grid)
     figure.legend(
-        handles, labels, loc="upper right", ncols=min(4, len(labels)), frameon=False, fontsize=10
-    )
+        handles, labels, loc="upper right", ncols=len(axes), frameon=False, fontsize=10
+    )  # beside the title, which leaves room for as many columns as there are panels
     machine = about.get("machine", {})
     figure.text(
         0.02, 0.012,
@@ -97,7 +97,7 @@ def _figure(rows: Sequence[Row], loss: str, axes: Sequence[str], about: dict[str
         f"torch {machine.get('torch', '')}. Lower is better; a line ends where memory or time did.",
         fontsize=8.5, color="#555555",
     )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.03, 1, 0.94))
+    figure.tight_layout(rect=(0, 0.03, 1, 0.92))
     return figure
 
 

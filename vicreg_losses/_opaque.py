@@ -168,23 +168,10 @@ def _evaluate_op(
     return [t.contiguous() for t in backend(request).evaluate(request, views, directions, keep)]
 
 
-def _fake_gradient(
-    shape: list[int],
-    values: list[Tensor],
-    residue: list[Tensor],
-    upstream: list[Tensor],
-    asked: list[bool],
-    views: list[Tensor],
-    dtype: torch.dtype,
-    *options: str | bool | float | int,
-) -> Tensor:
-    return values[0].new_empty(shape, dtype=dtype)
-
-
 @_compat.operator(
     "gradient(SymInt[] shape, Tensor[] values, Tensor[] residue, Tensor[] upstream, bool[] asked, "
     f"Tensor[] views, ScalarType dtype, {_OPTIONS}) -> Tensor",
-    _fake_gradient,
+    lambda shape, values, *others: values[0].new_empty(shape, dtype=others[4]),
 )
 def _gradient_op(
     shape: list[int],
