@@ -137,6 +137,14 @@ def test_unseeded_draws_differ_between_and_within_compiled_calls() -> None:
     assert len(set(values)) == 6
 
 
+@pytest.mark.parametrize("name", ["VarianceLoss", "CovarianceLoss", "VICRegLoss"])
+def test_transform_inside_of_compiled_code(name: str) -> None:
+    """PyTorch up to 2.14 gives a gradient of 0 where it traces it; refused, it runs eagerly."""
+    loss, z = LOSSES[name](), embeddings()
+    gradient = torch.compile(torch.func.grad(loss), backend="aot_eager")(z)
+    assert_close((loss(z), gradient), value_and_grad(loss, z.clone()))
+
+
 @pytest.mark.parametrize("name", ["VICRegLoss", "VISRegLoss", "covariance-auto()"])
 def test_double_backward_of_compiled_code_is_an_error(name: str) -> None:
     compiled = torch.compile(LOSSES[name](), backend="aot_eager", fullgraph=True)

@@ -25,10 +25,7 @@ from vicreg_losses import (
     functional,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_compiler"),
-    pytest.mark.skipif(not _compat.TRACES_FUNCTIONS, reason="needs PyTorch 2.13: opaque before"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 # As in test_values: two float64 orders of evaluation, and terms that vanish.
 FLOAT64 = 1e-10
 VANISHING = 1e-3
@@ -133,6 +130,7 @@ def test_first_sample_far_from_the_rest() -> None:
     assert error(gradient, true_gradient) <= 16 * U
 
 
+@pytest.mark.skipif(not _compat.TRACES_FUNCTIONS, reason="needs PyTorch 2.13: opaque before")
 def test_compilers_see_no_opaque_operator_where_operations_are_plain() -> None:
     z = oracles.embeddings(2, 9, 6, dtype=torch.float32)
     directions = oracles.unit_directions(6, 5)

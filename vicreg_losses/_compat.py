@@ -10,9 +10,13 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Compiled code that traces the operations of an autograd.Function gives it a gradient of 0 up to
-# 2.11, and forgets in 2.12 that it may not be differentiated twice.
-TRACES_FUNCTIONS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+_VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
+# Compiled code that traces the operations of an autograd.Function gives wrong gradients up to 2.11
+# (where is_exporting is always true in it) and forgets in 2.12 that it is not twice differentiable.
+TRACES_FUNCTIONS = _VERSION >= (2, 13)
+
+# Up to 2.14 torch.func.grad inside of compiled code gives a gradient of 0.
+TRACES_TRANSFORMS = _VERSION >= (2, 15)
 
 _library = torch.library.Library("vicreg_losses", "FRAGMENT")
 

@@ -85,8 +85,9 @@ def deviations(views: Sequence[Tensor], keep: bool) -> Deviations:
 def _moments_in_one_pass(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The mean as a sum of two, and the sums of squares, from wide sums about the first sample.
 
-    Of loops that a compiler makes; float64 has digits enough for what cancels, since no sample is
-    further from the mean than sqrt(N) standard deviations.
+    Of loops that a compiler makes. No sample is further from the mean than sqrt(N) standard
+    deviations, so at most N times the squares cancel, and float64 leaves float32's digits up to
+    millions of samples.
     """
     pivot = z[:, :1].double()
     x = z.double() - pivot

@@ -32,6 +32,12 @@ def regularizers(
     Returns:
         0-dim tensors, float32, or float64 if a view is.
     """
+    if torch.compiler.is_compiling() and not _compat.TRACES_TRANSFORMS and _compat.in_transform():
+        raise RuntimeError(
+            "vicreg_losses: expected PyTorch 2.15 or later for torch.func transforms inside of "
+            f"torch.compile, got {torch.__version__}, which loses the gradient. Compile without "
+            "the transform, or transform the compiled function."
+        )
     request = resolve(request, views)
     if request.invariance and request.impl == "triton":  # which has no kernels for it
         alone = Request(

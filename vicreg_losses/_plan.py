@@ -127,7 +127,7 @@ def plan(
         raise ValueError("exchange: expected 'auto' or 'samples' with per_rank, got 'slices'.")
     size = _collectives.members(process_group)[0] if ranks is None else ranks
     _checks.integer("ranks", size, 1)
-    request = _REQUESTS[term]._replace(exchange=exchange, own_slices=per_rank, knots=knots)
+    request = _REQUESTS[term].but(exchange=exchange, own_slices=per_rank, knots=knots)
     if request.covariance:
         request = request.but(covariance=strategy)
     wire = dtype.itemsize

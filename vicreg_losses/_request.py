@@ -33,7 +33,9 @@ class Request(NamedTuple):
     wire: str = ""  # a narrower dtype that holds the views exactly
 
     def but(self, **changes: Any) -> "Request":
-        """The same with other options: ``_replace``, which torch 2.8 does not compile."""
+        """``_replace``, which torch 2.8 does not compile."""
+        if not torch.compiler.is_compiling():
+            return self._replace(**changes)
         return Request(**{**dict(zip(Request._fields, self, strict=True)), **changes})
 
     def terms(self) -> int:

@@ -110,8 +110,8 @@ def covariance_energy(
         keep: whether the product is needed.
 
     Returns:
-        The energy, 0-dim of the wide dtype, and the product: (V, N, N), or (V, D, D) with a zero
-        diagonal.
+        The energy, 0-dim of the wide dtype, and the product, if it is needed: (V, N, N), or
+        (V, D, D) with a zero diagonal.
     """
     left = centered if gram else centered.mT
     total, inner = _symmetric_product(left, zero_diagonal=not gram, keep=keep)
@@ -169,29 +169,32 @@ def diagonal_dominates(centered: Tensor, diagonal: Tensor, total: Tensor) -> boo
 def _symmetric_product(
     left: Tensor, zero_diagonal: bool, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Energy of ``left @ left^T``, from blocks of its lower triangle; and itself, if kept."""
-    count, size, _ = left.shape
-    blocks = max(1, min(8, size // 128))
-    inner = left.new_empty(count, size, size) if keep and blocks > 1 else None
-    total = torch.zeros((), dtype=wide(left), device=left.device)
+    """Energy of ``left @ left^T``, by block rows of its lower triangle; and itself, if kept."""
+    size = left.shape[1]
+    blocks = min(8, size // 128)
+    if blocks < 2:
+        inner = torch.bmm(left, left.mT)
+        if zero_diagonal:
+            _zero_diagonal_(inner)
+        return energy(inner), inner if keep else None
+    product = left.new_empty(left.shape[0], size, size) if keep else None
+    parts = []
     for i in range(blocks):
         begin, end = size * i // blocks, size * (i + 1) // blocks
-        rows = left[:, begin:end]
-        square = torch.bmm(rows, rows.mT)
-        if zero_diagonal:
-            _zero_diagonal_(square)
-        total = total + energy(square)
-        if blocks == 1:
-            return total, square
-        if inner is not None:
-            inner[:, begin:end, begin:end] = square
-        if i:
-            below = torch.bmm(rows, left[:, :begin].mT)
-            total = total + 2 * energy(below)
-            if inner is not None:
-                inner[:, begin:end, :begin] = below
-                inner[:, :begin, begin:end] = below.mT
-    return total, inner
+        if product is not None:
+            rows = torch.bmm(left[:, begin:end], left[:, :end].mT)
+            if zero_diagonal:
+                _zero_diagonal_(rows[:, :, begin:])
+            product[:, begin:end, :end] = rows
+            product[:, :begin, begin:end] = rows[:, :, :begin].mT
+        else:
+            square = torch.bmm(left[:, begin:end], left[:, begin:end].mT)
+            if zero_diagonal:
+                _zero_diagonal_(square)
+            parts.append(energy(square))
+            if i:
+                parts.append(2 * energy(torch.bmm(left[:, begin:end], left[:, :begin].mT)))
+    return torch.stack(parts).sum() if product is None else energy(product), product
 
 
 def _zero_diagonal_(square: Tensor) -> None:
