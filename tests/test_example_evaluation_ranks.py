@@ -45,6 +45,8 @@ fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
 fabric.launch()
 rows = rows_of(evaluation, fabric)
 fabric.print(json.dumps(rows), flush=True)
+fabric.barrier()
+torch.distributed.destroy_process_group()  # or its threads may end the process by abort()
 """
 
 
